@@ -1,0 +1,50 @@
+"""An adapter as a value: module path -> (A, B, scale). Every format reads into this form and writes from it.
+
+The adapted layer computes  y = W x + scale * B (A x).   A [r, in], B [out, r]   (LoRA, arXiv 2106.09685)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one module's update, on the CPU, with the number that multiplies their product."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`pairs`: module path in the base model (`model.layers.0.self_attn.q_proj`, no PEFT prefix) -> factors."""
+
+    pairs: Mapping[str, LoraPair]
+
+    def digest(self) -> str:
+        """sha256 over keys, dtypes, shapes, bytes and scales in key order: equal digest, equal adapter."""
+        digest = hashlib.sha256()
+        for path in sorted(self.pairs):
+            pair = self.pairs[path]
+            for name, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
+                digest.update(f"{path}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor_bytes(tensor))
+            digest.update(struct.pack("<d", pair.scale))
+        return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a CPU tensor in row-major order, little-endian, as bytes."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,277 @@
+"""Every setting of every program, typed. A docstring under a field is its help text and names its unit.
+
+    RlConfig  = model + lora + output_dir + [trainer] + [inference] + [run]   `graftwork rl`
+    TrainerConfig, InferenceConfig                                       one program each
+    RunConfig                                                            `control/orch.toml`: a run's whole configuration
+    SftConfig                                                            `graftwork sft`
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A table of a TOML file: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder of the base model (Hugging Face layout, safetensors), or a hub id; relative to the working directory."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the frozen base. auto: bfloat16 on a GPU and on a CPU that multiplies it fast, else float32."""
+    device: str = "auto"
+    """torch device. auto: the first GPU if there is one, else the CPU."""
+
+
+class EnvironmentConfig(Section):
+    name: str = "reverse_text"
+    """A built-in environment, or `module:factory` of yours."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the environment's factory as keyword arguments."""
+
+
+class SamplingConfig(Section):
+    prompts_per_step: Positive = 64
+    """Prompts in a batch."""
+    samples_per_prompt: Positive = 8
+    """Answers a prompt: one group, whose mean reward is the baseline."""
+    max_tokens: Positive = 32
+    """Longest answer, in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature; the trainer divides its logits by the same number."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus: the sampler's log-probs are those of the cut distribution."""
+
+
+class AdapterConfig(Section):
+    rank: Positive | None = None
+    """Rank of the run's adapter. Not given: the starting adapter's, else the trainer's max_rank."""
+    alpha: PositiveFloat | None = None
+    """Scale = alpha / rank. Not given: the starting adapter's, else 2 * rank."""
+
+
+class OptimizerConfig(Section):
+    """torch.optim.AdamW over the run's own slot."""
+
+    learning_rate: PositiveFloat = 2e-3
+    """Step size after warm-up."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment, per step."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment, per step."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: NotNegativeFloat = 0.0
+    """Decoupled weight decay, per step, times the learning rate."""
+    clip_norm: PositiveFloat = 1.0
+    """The gradient's L2 norm is cut to this."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up; linear and cosine reach 0 at decay_steps."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear growth from 0 to learning_rate."""
+    decay_steps: Positive | None = None
+    """Step at which linear or cosine ends. It never depends on max_steps: stopping early does not change the curve."""
+
+    @model_validator(mode="after")
+    def _decay_is_set(self) -> OptimizerConfig:
+        if (self.schedule != "constant") != (self.decay_steps is not None):
+            raise ValueError("decay_steps belongs to schedule = 'linear' or 'cosine', and those need it")
+        return self
+
+
+class LossConfig(Section):
+    normaliser: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """What the summed token losses are divided by; docs/algorithms.md has the formulas and papers."""
+    constant_tokens: Positive | None = None
+    """normaliser = "constant": the divisor, in tokens a sequence."""
+    ratio: Literal["truncate", "mask"] = "truncate"
+    """Importance ratio above ratio_max: cut to it, or the token is left out."""
+    ratio_max: PositiveFloat = 2.0
+    """Bound on trainer probability / sampler probability of a token."""
+    kl_coefficient: NotNegativeFloat = 0.0
+    """Weight of the KL divergence from the run's own starting adapter."""
+
+    @model_validator(mode="after")
+    def _constant_is_set(self) -> LossConfig:
+        if (self.normaliser == "constant") != (self.constant_tokens is not None):
+            raise ValueError("constant_tokens belongs to normaliser = 'constant', which needs it")
+        return self
+
+
+class RunSection(Section):
+    """What one run is, wherever it is written down."""
+
+    seed: NotNegative = 0
+    """Of everything random in the run: prompts, sampling, the initialisation of a fresh adapter."""
+    max_steps: Positive = 20
+    """The run is finished after this step. Nothing else depends on it."""
+    init_adapter_path: str | None = None
+    """A saved adapter (PEFT folder) that step_0 is made from: a warm start."""
+    resume: bool = False
+    """Go on from a checkpoint of the run's own; without one the run fails."""
+    resume_step: NotNegative | None = None
+    """With resume: the checkpoint to go on from. Not given: the newest."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    lag_steps: NotNegative = 0
+    """Batch k is sampled from version k - 1 - lag_steps. 0 is lockstep: on-policy and reproducible end to end."""
+    max_staleness_steps: NotNegative = 8
+    """A batch whose oldest token comes from a version older than k - 1 - this is set aside as stale."""
+    checkpoint_interval_steps: Positive = 10
+    """A checkpoint every this many steps, and one at the end."""
+    max_skipped_steps: Positive = 3
+    """Steps in a row whose gradient is not finite before the run is evicted."""
+    inference_url: str = "http://127.0.0.1:8000"
+    """Root of the OpenAI-compatible server that samples."""
+    request_timeout_seconds: PositiveFloat = 1800.0
+    """Longest wait for one answer of the inference server."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> RunSection:
+        if self.resume_step is not None and not self.resume:
+            raise ValueError("resume_step needs resume = true")
+        if self.lag_steps > self.max_staleness_steps:
+            raise ValueError("lag_steps is above max_staleness_steps: every batch would be stale")
+        return self
+
+
+class RunConfig(RunSection):
+    """One run: `control/orch.toml`. The orchestrator and the trainer read the same file."""
+
+    model: ModelConfig
+
+
+class NamedRun(RunSection):
+    """[run] of rl.toml."""
+
+    id: str
+    """The run's folder is output_dir/run_<id>."""
+
+
+class LoraConfig(Section):
+    """What the trainer's and the sampler's slots must have in common."""
+
+    max_rank: Positive = 16
+    """Rank of the stacked slots; a run's rank is at most this."""
+    target_modules: tuple[str, ...] = ALL_LINEAR
+    """Last part of the names of the linear layers that carry an adapter."""
+
+
+class ProgramSection(Section):
+    threads: NotNegative = 0
+    """CPU threads for matrix products. 0: one a core. Bit-equal resume needs the same number."""
+
+
+class TrainerSection(ProgramSection):
+    slots: Positive = 1
+    """Runs that train at the same time; more wait in line."""
+    init_adapter_path: str | None = None
+    """The trainer's own door: every fresh run starts from this saved adapter."""
+    tokens_per_micro_batch: Positive = 16384
+    """Most tokens in one forward and backward pass; a longer single sequence is refused."""
+    logprob_chunk_tokens: Positive = 2048
+    """Loss positions whose logits exist at the same time."""
+    poll_interval_seconds: PositiveFloat = 0.02
+    """Sleep of a pass that found nothing to do."""
+    exit_when_done: bool = False
+    """End when every run is finished, failed, stopped or evicted. `graftwork rl` sets it."""
+
+
+class TrainerConfig(TrainerSection):
+    """`graftwork trainer`."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    output_dir: str = "outputs"
+    """The tree that is watched for `run_*` folders."""
+
+
+class InferenceSection(ProgramSection):
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port. 0: any free one (`graftwork rl` tells the others)."""
+    max_adapters: Positive = 4
+    """Adapters that are loaded at the same time."""
+    max_sequences: Positive = 512
+    """Sequences that are decoded at the same time; the KV cache is made for these."""
+    ready_file: str | None = None
+    """Written as JSON {"url", "pid"} when the server answers; removed by nobody."""
+    max_model_len: Positive = 1024
+    """Longest prompt and answer together, in tokens."""
+
+
+class InferenceConfig(InferenceSection):
+    """`graftwork inference`."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+
+
+class RlConfig(Section):
+    """`graftwork rl`: one run with a trainer and an inference server of its own."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    output_dir: str = "outputs"
+    """The tree that holds run_<id>."""
+    trainer: TrainerSection = TrainerSection()
+    inference: InferenceSection = InferenceSection(port=0)
+    run: NamedRun
+
+
+class SftDataConfig(Section):
+    environment: EnvironmentConfig | None = EnvironmentConfig()
+    """Take prompts and right answers from an environment that has answers."""
+    path: str | None = None
+    """Or a JSONL file; each line holds {"messages": [{"role": ..., "content": ...}, ...]}."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SftDataConfig:
+        if self.path is not None and "environment" in self.model_fields_set:
+            raise ValueError("give data.environment or data.path, not both")
+        return self
+
+
+class SftConfig(ProgramSection):
+    """`graftwork sft`: supervised fine-tuning, a run with one slot and another loss."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    output_dir: str = "outputs/sft"
+    """Holds adapter/, checkpoints/, metrics.jsonl, loss.png."""
+    seed: NotNegative = 0
+    """Of the data order and of the fresh adapter."""
+    data: SftDataConfig = SftDataConfig()
+    max_steps: Positive = 100
+    """Optimizer steps."""
+    batch_size: Positive = 64
+    """Conversations a step."""
+    init_adapter_path: str | None = None
+    """A saved adapter to start from."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output_dir."""
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_interval_steps: Positive = 50
+    """A checkpoint every this many steps, and one at the end."""
+    tokens_per_micro_batch: Positive = 16384
+    """Most tokens in one forward and backward pass."""
+    logprob_chunk_tokens: Positive = 2048
+    """Loss positions whose logits exist at the same time."""

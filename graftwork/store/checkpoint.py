@@ -1,0 +1,107 @@
+"""Checkpoint folders: save, verify, load. Verify everything, then hand it over.
+
+What a trainer must know to go on, besides tensors, is `TrainerState`. It holds nothing of the clock or the machine, so
+the `trainer/` folder of a resumed run is byte-equal to that of the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from graftwork.errors import CannotResume, Damaged
+from graftwork.store.disk import Disk, Manifest, Staging, is_stable, read_json, verify
+from graftwork.store.layout import stable_steps, step_folder
+
+CHECKPOINT = "checkpoint"
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Which batches went into the weights: `chain` is a hash over all their digests, in order, each exactly once."""
+
+    step: int
+    chain: str
+
+    @staticmethod
+    def start(adapter_digest: str) -> Cursor:
+        return Cursor(0, hashlib.sha256(f"start {adapter_digest}".encode()).hexdigest())
+
+    def after(self, batch_digest: str) -> Cursor:
+        return Cursor(self.step + 1, hashlib.sha256(f"{self.chain} {batch_digest}".encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """`trainer/state.json`."""
+
+    step: int
+    optimizer_steps: int
+    """Steps that AdamW took: `step` less those that were skipped."""
+    skipped_in_a_row: int
+    rank: int
+    alpha: float
+    cursor: Cursor
+    start: dict[str, Any]
+    """Where step_0 came from: {"kind": "fresh" | "adapter", "seed" or "source_digest": ...}."""
+    known_digests: dict[str, list[str]]
+    """Every digest that was ever published for a step (decimal) within the staleness limit."""
+    base_fingerprint: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Any, source: Path) -> TrainerState:
+        try:
+            return TrainerState(**{**value, "cursor": Cursor(**value["cursor"])})
+        except (TypeError, KeyError) as error:
+            raise Damaged(f"{source} is not a trainer state ({error})") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every byte was verified."""
+
+    path: Path
+    step: int
+    manifest: Manifest
+
+    @property
+    def orchestrator_state(self) -> dict[str, Any] | None:
+        path = self.path / "orchestrator" / "state.json"
+        return dict(read_json(path, "orchestrator state")) if path.exists() else None
+
+
+def save_checkpoint(disk: Disk, checkpoints: Path, step: int, fill: Callable[[Staging], None]) -> Path:
+    """Publish `checkpoints/step_k`. One that is there is set aside first."""
+    target = step_folder(checkpoints, step)
+    if target.exists():
+        disk.quarantine(target, checkpoints.parent / ".trash")
+    with disk.publish_dir(target, CHECKPOINT, {"step": step}) as staging:
+        fill(staging)
+    return target
+
+
+def open_checkpoint(checkpoints: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of `step` (the newest if None), verified. Raises CannotResume, naming folder and file."""
+    steps = stable_steps(checkpoints)
+    if not steps:
+        raise CannotResume(f"nothing to go on from: no checkpoint with a STABLE file in {checkpoints}")
+    wanted = steps[-1] if step is None else step
+    folder = step_folder(checkpoints, wanted)
+    if not is_stable(folder):
+        raise CannotResume(f"no checkpoint at {folder}; there are steps {', '.join(map(str, steps))}")
+    try:
+        manifest = verify(folder, CHECKPOINT)
+        if manifest.facts.get("step") != wanted:
+            raise Damaged(f"{folder}: its manifest says step {manifest.facts.get('step')!r}")
+    except Damaged as error:
+        raise CannotResume(
+            f"checkpoint {folder} is damaged: {error}. Nothing was changed; name an earlier step with resume_step"
+        ) from None
+    return Checkpoint(folder, wanted, manifest)

@@ -1,0 +1,288 @@
+"""The one module that writes, renames and deletes.
+
+Commit protocol: write every file into a hidden folder beside the target, fsync each file and folder, write the
+manifest (`STABLE`) last, fsync it, rename, fsync the parent. A reader therefore sees a folder whole or not at all, and
+`verify` proves it. An fsync that failed is never tried again on the same file: the kernel may have dropped the dirty
+pages, and a second fsync would say "fine" (Rebello et al., USENIX ATC 2020).
+
+`Disk` is passed as an object, never imported as state: a test hands in a twin whose primitives fail or record.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graftwork.errors import Busy, Conflict, Damaged, StoreError
+
+MANIFEST = "STABLE"
+MANIFEST_FORMAT = 1
+MANIFEST_BYTES_MAX = 64 * 2**20
+STAGING_PREFIX = ".staging-"
+HASH_CHUNK_BYTES = 2**20
+
+
+def dump_json(value: Any) -> bytes:
+    """Canonical JSON: sorted keys, no NaN, one trailing newline; equal values give equal bytes."""
+    return (json.dumps(value, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON in `path`. Raises Damaged, naming the file, if it is absent or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Damaged(f"{what}: {path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{what}: {path} is not JSON ({error})") from None
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def of(path: Path) -> FileFacts:
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+        return FileFacts(size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a published folder holds. `facts` is free JSON of the writer; `sha256` identifies the whole folder."""
+
+    kind: str
+    facts: dict[str, Any]
+    files: dict[str, FileFacts]
+
+    def to_bytes(self) -> bytes:
+        files = {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()}
+        return dump_json({"format": MANIFEST_FORMAT, "kind": self.kind, "facts": self.facts, "files": files})
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """The manifest of a published folder. Raises Damaged, naming the file."""
+        path = folder / MANIFEST
+        if path.is_file() and path.stat().st_size > MANIFEST_BYTES_MAX:
+            raise Damaged(f"{path} is larger than a manifest may be ({MANIFEST_BYTES_MAX} bytes)")
+        raw = read_json(path, "manifest")
+        try:
+            if raw["format"] != MANIFEST_FORMAT:
+                raise Damaged(f"{path}: format {raw['format']!r}, this version of Graftwork reads {MANIFEST_FORMAT}")
+            files = {str(n): FileFacts(int(f["bytes"]), str(f["sha256"])) for n, f in raw["files"].items()}
+            return Manifest(str(raw["kind"]), dict(raw["facts"]), files)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Damaged(f"{path} is not a manifest of ours ({type(error).__name__}: {error})") from None
+
+
+def is_stable(folder: Path) -> bool:
+    """Whether `folder` was published. It says nothing about damage since: that is `verify`."""
+    return (folder / MANIFEST).is_file()
+
+
+def verify(folder: Path, kind: str) -> Manifest:
+    """Check every file of a published folder against its manifest; return the manifest.
+
+    Raises Damaged, naming the first file that is missing, extra, of another size or of other bytes.
+    """
+    manifest = Manifest.read(folder)
+    if manifest.kind != kind:
+        raise Damaged(f"{folder} holds a {manifest.kind!r}, expected a {kind!r}")
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
+    if missing := sorted(manifest.files.keys() - found):
+        raise Damaged(f"{folder / missing[0]} is missing, though {MANIFEST} lists it")
+    if extra := sorted(found - manifest.files.keys() - {MANIFEST}):
+        raise Damaged(f"{folder / extra[0]} is not listed in {MANIFEST}")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise Damaged(f"{path} is not a plain file")
+        if (size := path.stat().st_size) != expected.bytes:
+            raise Damaged(f"{path} has {size} bytes, {MANIFEST} says {expected.bytes}")
+        if (found_facts := FileFacts.of(path)) != expected:
+            raise Damaged(f"{path} has sha256 {found_facts.sha256[:12]}, {MANIFEST} says {expected.sha256[:12]}")
+    return manifest
+
+
+@dataclass
+class Staging:
+    """A hidden folder that is being filled; `publish_dir` makes it visible. Names are POSIX paths relative to it."""
+
+    disk: Disk
+    root: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.root / name
+        self.disk.make_folder(path.parent)
+        self.disk.write(path, data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, dump_json(value))
+
+    def seal(self, folder: str, kind: str, facts: dict[str, Any]) -> Manifest:
+        """Write the manifest of a folder inside this one (or of this one: `folder` = ".")."""
+        root = self.root / folder
+        names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+        manifest = Manifest(kind, facts, {name: FileFacts.of(root / name) for name in names})
+        self.disk.write(root / MANIFEST, manifest.to_bytes())
+        return manifest
+
+
+@dataclass
+class Claim:
+    """An exclusive hold on a folder; the kernel lets go of it when the process dies, however it dies."""
+
+    path: Path
+    descriptor: int
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+
+
+class Disk:
+    """Primitives first (a twin overrides these), then what the rest of the system calls."""
+
+    # --- primitives -------------------------------------------------------------------------------------------------
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Create `path`, which must not exist, write `data` and fsync it."""
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def append(self, path: Path, data: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(data)
+
+    def sync_folder(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path)
+
+    # --- publishing -------------------------------------------------------------------------------------------------
+
+    def publish_file(self, path: Path, data: bytes) -> None:
+        """Make `path` hold `data`, whole or not at all; an older file of that name is replaced."""
+        self.make_folder(path.parent)
+        staged = path.parent / f"{STAGING_PREFIX}{path.name}-{secrets.token_hex(4)}"
+        try:
+            self.write(staged, data)
+            self.rename(staged, path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        self.sync_folder(path.parent)
+
+    def publish_json(self, path: Path, value: Any) -> None:
+        self.publish_file(path, dump_json(value))
+
+    @contextmanager
+    def publish_dir(self, target: Path, kind: str, facts: dict[str, Any]) -> Iterator[Staging]:
+        """Fill a folder inside the `with`; it appears as `target`, with its manifest, when the block ends well.
+
+        Raises Conflict if `target` exists. When the block raises, nothing is left behind.
+        """
+        if target.exists():
+            raise Conflict(f"{target} exists already; a published folder is never changed in place")
+        self.make_folder(target.parent)
+        root = target.parent / f"{STAGING_PREFIX}{target.name}-{secrets.token_hex(4)}"
+        self.make_folder(root)
+        staging = Staging(self, root, dict(facts))
+        try:
+            yield staging
+            for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
+                self.sync_folder(folder)
+            staging.seal(".", kind, staging.facts)
+            self.sync_folder(root)
+            self.rename(root, target)
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise
+        self.sync_folder(target.parent)
+
+    # --- everything else --------------------------------------------------------------------------------------------
+
+    def append_line(self, path: Path, line: str) -> None:
+        """Append one line of a log. Logs are not part of the commit protocol: a reader drops a torn last line."""
+        self.make_folder(path.parent)
+        self.append(path, line.encode() + b"\n")
+
+    def quarantine(self, path: Path, trash: Path) -> Path:
+        """Move a file or folder into `trash` (same file system) under a name that was never used; return it."""
+        self.make_folder(trash)
+        target = trash / f"{path.name}-{secrets.token_hex(4)}"
+        self.rename(path, target)
+        self.sync_folder(trash)
+        self.sync_folder(path.parent)
+        return target
+
+    def sweep(self, folder: Path) -> list[Path]:
+        """Remove what a killed writer left half-done in `folder`. Only for the folder's one writer."""
+        left = sorted(folder.glob(f"{STAGING_PREFIX}*")) if folder.is_dir() else []
+        for path in left:
+            if path.is_dir():
+                self.remove_tree(path)
+            else:
+                path.unlink()
+        return left
+
+    def claim(self, path: Path, who: str) -> Claim:
+        """Hold `path` (a lock file) until this process ends. Raises Busy, naming the holder, if another has it."""
+        self.make_folder(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise Busy(f"{path.parent} is in use by {holder}; stop it first, or choose another folder") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreError(f"{path}: this file system cannot lock files ({error})") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{who}, pid {os.getpid()}\n".encode(), 0)
+        return Claim(path, descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a `.jsonl` log, without a torn last line; an absent file reads as empty."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
