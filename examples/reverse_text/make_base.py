@@ -16,7 +16,12 @@ Choices, and why:
   pairs. Copying alone teaches the model to look forward only, and adapters
   trained on such a base stall on some seeds; the other skills teach it to
   count from the end and to look back, which is what reversal is built from.
-* Loss on every token but padding: the instructions are part of the language.
+* Any other instruction is answered with ``?``. The untrained base therefore
+  does not try to reverse: nearly all its answers earn nothing, and
+  reinforcement learning alone finds little to reinforce. Without this it
+  answers with scrambled copies, whose partial credit is already a start.
+* Loss on the answers only. Requests are made of random letters, which nothing
+  can predict; with a loss on them too, their noise hides the skills.
 * Optimizer: AdamW with a short warm-up and a cosine decay, so that the last
   weights are settled whatever the seed.
 
@@ -134,30 +139,39 @@ def swap_pair(rng: random.Random) -> tuple[str, str]:
     return f"swap: {word}", "".join(pairs)
 
 
+def unknown_pair(rng: random.Random) -> tuple[str, str]:
+    """``qzkv: hello`` -> ``?``: an instruction that means nothing."""
+    return f"{random_word(rng)}: {random_word(rng)}", "?"
+
+
 Skill = Callable[[random.Random], tuple[str, str]]
-SKILLS: tuple[Skill, ...] = (copy_pair, letter_pair, last_pair, swap_pair)
+SKILLS: tuple[Skill, ...] = (copy_pair, letter_pair, last_pair, swap_pair, unknown_pair)
 
 
 # Training -------------------------------------------------------------------
 
 
-def render(request: str, answer: str) -> str:
-    """Return one exchange as the chat template renders it."""
-    return f"{USER}{request}{END}{ASSISTANT}{answer}{END}"
+def encode_pair(tokenizer: Tokenizer, request: str, answer: str) -> tuple[list[int], list[int]]:
+    """Return the ids of a request and of its answer, as the chat template has them."""
+    prompt = tokenizer.encode(f"{USER}{request}{END}{ASSISTANT}").ids
+    return prompt, tokenizer.encode(f"{answer}{END}").ids
 
 
 def make_batch(tokenizer: Tokenizer, rng: random.Random, size: int) -> tuple[Tensor, Tensor]:
     """Return token ids and labels, both [size, longest]; right-padded.
 
     Right padding needs no attention mask in a causal model: real tokens never
-    look at what follows them, and the padding's labels are skipped.
+    look at what follows them. Only answers, with their end token, are labelled.
     """
-    texts = [render(*rng.choice(SKILLS)(rng)) for _ in range(size)]
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    longest = max(map(len, rows))
-    pad = tokenizer.token_to_id(PAD)
-    tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-    return tokens, tokens.masked_fill(tokens == pad, IGNORED)
+    pairs = [encode_pair(tokenizer, *rng.choice(SKILLS)(rng)) for _ in range(size)]
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    tokens = torch.full((size, longest), tokenizer.token_to_id(PAD))
+    labels = torch.full((size, longest), IGNORED)
+    for row, (prompt, answer) in enumerate(pairs):
+        start, stop = len(prompt), len(prompt) + len(answer)
+        tokens[row, :stop] = torch.tensor(prompt + answer)
+        labels[row, start:stop] = torch.tensor(answer)
+    return tokens, labels
 
 
 def make_model(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
@@ -225,6 +239,7 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
         temperature=1.0,
     )
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # it is written for the owner alone
     save_tokenizer(tokenizer, folder)
 
 
@@ -233,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

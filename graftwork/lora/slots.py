@@ -1,0 +1,151 @@
+"""S slots of adapter weights for every target module: write, read and reset one slot.
+
+All weights of a slot lie in one row of `weights [S, P]`; the stacked factors `A [S, r, in]`, `B [S, out, r]` are views of
+it. So clipping, the finite check, AdamW and zeroing are one call on one vector a run, and nothing that is done to
+row k can touch another row. A run of lower rank than the slot's uses the first rows of A and columns of B; the rest stays
+zero, and so do its gradients (dA = B^T ... = 0 where B is 0, dB = ... A^T = 0 where A is 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graftwork.adapters.canonical import Adapter, LoraPair
+from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec
+from graftwork.lora.linear import Factors
+
+ALIGN = 16  # floats: every factor starts on a 64-byte boundary of its row
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module's factors lie in a row: first element of A and of B, and the shapes."""
+
+    a_start: int
+    b_start: int
+    out_features: int
+    in_features: int
+
+
+class SlotLayout:
+    """Where each module lies in a row of P fp32 numbers; adapters to rows and back."""
+
+    def __init__(self, spec: SlotSpec) -> None:
+        self.spec = spec
+        self.places: dict[str, Place] = {}
+        start = 0
+        for path in sorted(spec.shapes):
+            out_features, in_features = spec.shapes[path]
+            a_start, start = start, start + _aligned(spec.max_rank * in_features)
+            b_start, start = start, start + _aligned(spec.max_rank * out_features)
+            self.places[path] = Place(a_start, b_start, out_features, in_features)
+        self.row_numel = start
+
+    def factors(self, table: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        """Views A [S, r, in] and B [S, out, r] of `table [S, P]`."""
+        place, rank = self.places[path], self.spec.max_rank
+        a = table[:, place.a_start : place.a_start + rank * place.in_features]
+        b = table[:, place.b_start : place.b_start + rank * place.out_features]
+        return a.view(-1, rank, place.in_features), b.view(-1, place.out_features, rank)
+
+    def pack(self, adapter: Adapter) -> Tensor:
+        """A row [P] fp32 on the CPU that holds `adapter`; rank beyond the adapter's is zero."""
+        row = torch.zeros(1, self.row_numel)
+        for path, pair in adapter.pairs.items():
+            a, b = self.factors(row, path)
+            a[0, : pair.rank] = pair.a
+            b[0, :, : pair.rank] = pair.b
+        return row[0]
+
+    def unpack(self, row: Tensor, rank: int, scale: float) -> Adapter:
+        """The adapter of `rank` in `row [P]`: copies, fp32, on the CPU."""
+        table = row.detach().cpu()[None]
+        pairs = {}
+        for path in self.places:
+            a, b = self.factors(table, path)
+            pairs[path] = LoraPair(a[0, :rank].clone(), b[0, :, :rank].clone().contiguous(), scale)
+        return Adapter(pairs)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a slot holds: rank and alpha of the adapter in it."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class SlotBank:
+    """Weights of S slots. A bank that trains has gradients; a sampler's and a KL reference's have not.
+
+    weights    [S, P] fp32 masters
+    gradients  [S, P] fp32, or None
+    factors    module path -> Factors: views of the compute copy (the masters themselves where the base is fp32)
+    """
+
+    def __init__(
+        self, spec: SlotSpec, slots: int, *, device: torch.device, dtype: torch.dtype, gradients: bool
+    ) -> None:
+        self.layout = SlotLayout(spec)
+        self.weights = torch.zeros(slots, self.layout.row_numel, device=device)
+        self.gradients = torch.zeros_like(self.weights) if gradients else None
+        self.held: list[Held | None] = [None] * slots
+        self._compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
+        self.anchor = torch.zeros((), device=device, requires_grad=True) if gradients else None
+        self.factors: Mapping[str, Factors] = {path: self._views(path) for path in self.layout.places}
+
+    def _views(self, path: str) -> Factors:
+        a, b = self.layout.factors(self._compute, path)
+        if self.gradients is None:
+            return Factors(a, b)
+        return Factors(a, b, *self.layout.factors(self.gradients, path))
+
+    @property
+    def slots(self) -> int:
+        return len(self.held)
+
+    def write(self, slot: int, prepared: PreparedInitAdapter) -> None:
+        """Put an adapter into a slot; no other slot is touched. The slot must be free: reset it first."""
+        assert self.held[slot] is None, f"slot {slot} is in use"
+        self.held[slot] = Held(prepared.rank, prepared.alpha)
+        self.weights[slot].copy_(self.layout.pack(prepared.adapter))
+        self.refresh(slot)
+
+    def read(self, slot: int) -> Adapter:
+        """The adapter in a slot, as it would be published: fp32 copies on the CPU, at the run's own rank."""
+        held = self.holding(slot)
+        return self.layout.unpack(self.weights[slot], held.rank, held.scale)
+
+    def holding(self, slot: int) -> Held:
+        held = self.held[slot]
+        assert held is not None, f"slot {slot} is empty"
+        return held
+
+    def reset(self, slot: int) -> None:
+        """Free a slot: weights and gradients become zero, so that no trace of its run is left."""
+        self.weights[slot].zero_()
+        if self.gradients is not None:
+            self.gradients[slot].zero_()
+        self.held[slot] = None
+        self.refresh(slot)
+
+    def refresh(self, slot: int) -> None:
+        """Bring the compute copy of a slot up to its masters, after anything that wrote them."""
+        if self._compute is not self.weights:
+            self._compute[slot].copy_(self.weights[slot])
+
+    def free_slot(self) -> int | None:
+        """The lowest free slot."""
+        return next((slot for slot, held in enumerate(self.held) if held is None), None)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
