@@ -16,8 +16,8 @@ Choices, and why:
   pairs. Copying alone teaches the model to look forward only, and adapters
   trained on such a base stall on some seeds; the other skills teach it to
   count from the end and to look back, which is what reversal is built from.
-* Any other instruction is answered with ``?``. The untrained base therefore
-  does not try to reverse: nearly all its answers earn nothing, and
+* Any other instruction is answered with ``?``. Without an adapter the base
+  then does not try to reverse: nearly all its answers earn nothing, and
   reinforcement learning alone finds little to reinforce. Without this it
   answers with scrambled copies, whose partial credit is already a start.
 * Loss on the answers only. Requests are made of random letters, which nothing

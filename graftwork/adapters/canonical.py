@@ -6,12 +6,16 @@ The adapted layer computes  y = W x + scale * B (A x).   A [r, in], B [out, r]  
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ALPHA_RANGE = (1e-30, 1e30)
+"""Scales beyond it vanish or overflow in fp32."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class LoraPair:
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in): that of the weight which the pair updates."""
+        return self.b.shape[0], self.a.shape[1]
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,27 @@ class Adapter:
             digest.update(struct.pack("<d", pair.scale))
         return digest.hexdigest()
 
+    def dtypes(self) -> list[str]:
+        """Names of the data types of its tensors, sorted: usually one, such as `bfloat16`."""
+        tensors = (tensor for pair in self.pairs.values() for tensor in (pair.a, pair.b))
+        return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements of a CPU tensor in row-major order, little-endian, as bytes."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def alpha_for(scale: float, divisor: float) -> float | None:
+    """The float that gives exactly `scale` when divided by `divisor`; None where there is no such float.
+
+    It exists whenever `scale` was made by such a division. Of several, the one with the shortest decimal form is taken,
+    so that alpha = 32.1 survives the way through its scale.
+    """
+    middle = scale * divisor
+    near = [middle]
+    for direction in (math.inf, -math.inf):
+        first = math.nextafter(middle, direction)
+        near += [first, math.nextafter(first, direction)]
+    exact = [alpha for alpha in near if alpha / divisor == scale]
+    return min(exact, key=lambda alpha: len(repr(alpha)), default=None)

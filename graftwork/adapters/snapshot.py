@@ -12,7 +12,7 @@ The same writer serves the trainer, SFT and the converter: a reader cannot tell 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from graftwork.adapters.canonical import Adapter, LoraPair
 from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
-from graftwork.errors import CannotResume, Damaged
-from graftwork.store.checkpoint import WEIGHT, Checkpoint, TrainerState
+from graftwork.adapters.prepare import PreparedInitAdapter
+from graftwork.errors import AdapterError, CannotResume, Damaged
+from graftwork.store.checkpoint import WEIGHT, Checkpoint, Cursor, TrainerState
 from graftwork.store.disk import Staging, read_json
 
 RANK_FILE = "trainer/rank_0.safetensors"
@@ -43,8 +44,30 @@ class Snapshot:
     orchestrator_state: dict[str, Any] | None
 
 
+def snapshot_of(prepared: PreparedInitAdapter, base_fingerprint: str | None) -> Snapshot:
+    """The state before the first step: step_0 of a fresh run and of a warm start, whoever makes it.
+
+    base_fingerprint: None when the base was not there to be looked at (the converter without a trainer.json).
+    """
+    digest = prepared.adapter.digest()
+    key = "seed" if prepared.report["kind"] == "fresh" else "source_digest"
+    state = TrainerState(
+        step=0,
+        optimizer_steps=0,
+        skipped_in_a_row=0,
+        rank=prepared.rank,
+        alpha=prepared.alpha,
+        cursor=Cursor.start(digest),
+        start={"kind": prepared.report["kind"], key: prepared.report[key]},
+        known_digests={"0": [digest]},
+        base_fingerprint=base_fingerprint,
+    )
+    return Snapshot(state, prepared.adapter, None, None, None)
+
+
 def write_snapshot(staging: Staging, snapshot: Snapshot, facts: PeftFacts) -> None:
-    """Fill a staged checkpoint folder. `facts` goes into the exported adapter_config.json."""
+    """Fill a staged checkpoint folder. `facts` goes into the exported adapters, with the fingerprint of the base."""
+    facts = replace(facts, base_fingerprint=snapshot.state.base_fingerprint or facts.base_fingerprint)
     tensors = dict(_flatten("adapter", snapshot.adapter))
     for name, moments in zip(MOMENTS, snapshot.moments or (), strict=False):
         tensors.update(_flatten(name, moments))
@@ -59,24 +82,39 @@ def write_snapshot(staging: Staging, snapshot: Snapshot, facts: PeftFacts) -> No
 
 
 def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
-    """The snapshot in a verified checkpoint. Raises CannotResume, naming the file and the tensor."""
+    """The snapshot in a verified checkpoint: its parts agree with one another.
+
+    Raises CannotResume, naming the file and the tensor or field.
+    """
     try:
         state_path = checkpoint.path / STATE_FILE
         state = TrainerState.from_json(read_json(state_path, "checkpoint"), state_path)
         tensors = load_safetensors((checkpoint.path / RANK_FILE).read_bytes())
-        exported = read_peft(checkpoint.path / WEIGHT)
-        scales = {path: pair.scale for path, pair in exported.adapter.pairs.items()}
-        adapter = _unflatten("adapter", tensors, scales)
+        exported = read_peft(checkpoint.path / WEIGHT).adapter
+        adapter = _unflatten("adapter", tensors, exported)
         moments = None
         if state.optimizer_steps > 0:
-            moments = (_unflatten(MOMENTS[0], tensors, scales), _unflatten(MOMENTS[1], tensors, scales))
+            moments = (_unflatten(MOMENTS[0], tensors, exported), _unflatten(MOMENTS[1], tensors, exported))
         if left := sorted(tensors):
             raise Damaged(f"{checkpoint.path / RANK_FILE}: unknown tensor {left[0]}")
+        _check_agreement(state, adapter, exported)
         reference_path = checkpoint.path / "reference"
         reference = read_peft(reference_path).adapter if reference_path.is_dir() else None
-    except (Damaged, SafetensorError, FileNotFoundError) as error:
+    except (Damaged, AdapterError, SafetensorError, OSError) as error:
         raise CannotResume(f"checkpoint {checkpoint.path} cannot be used: {error}") from None
     return Snapshot(state, adapter, moments, reference, checkpoint.orchestrator_state)
+
+
+def _check_agreement(state: TrainerState, adapter: Adapter, exported: Adapter) -> None:
+    """The three files tell of one adapter. Raises Damaged."""
+    if adapter.digest() != exported.digest():
+        raise Damaged(f"{RANK_FILE} and {WEIGHT}/ hold different adapters")
+    for path, pair in adapter.pairs.items():
+        if pair.rank != state.rank or pair.scale != state.alpha / state.rank:
+            raise Damaged(
+                f"{STATE_FILE} says rank {state.rank} and alpha {state.alpha}; "
+                f"{path} has rank {pair.rank} and scale {pair.scale}"
+            )
 
 
 def _write_adapter(staging: Staging, folder: str, adapter: Adapter, facts: PeftFacts) -> None:
@@ -90,15 +128,21 @@ def _flatten(kind: str, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield f"{kind}.{path}.lora_B", pair.b.contiguous()
 
 
-def _unflatten(kind: str, tensors: dict[str, Tensor], scales: dict[str, float]) -> Adapter:
-    """Take the tensors of one kind out of `tensors`. Raises Damaged, naming the first that is missing or not fp32."""
+def _unflatten(kind: str, tensors: dict[str, Tensor], like: Adapter) -> Adapter:
+    """Take the tensors of one kind out of `tensors`: the modules, shapes and scales of `like`, in float32.
+
+    Raises Damaged, naming the first that is missing or of another dtype or shape.
+    """
     pairs = {}
-    for path, scale in scales.items():
+    for path, pair in like.pairs.items():
         factors = []
-        for side in ("lora_A", "lora_B"):
+        for side, expected in (("lora_A", pair.a), ("lora_B", pair.b)):
             tensor = tensors.pop(f"{kind}.{path}.{side}", None)
-            if tensor is None or tensor.dtype != torch.float32 or tensor.dim() != 2:
-                raise Damaged(f"{RANK_FILE}: tensor {kind}.{path}.{side} is missing or not a float32 matrix")
+            if tensor is None or tensor.dtype != torch.float32 or tensor.shape != expected.shape:
+                found = "missing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+                raise Damaged(
+                    f"{RANK_FILE}: tensor {kind}.{path}.{side} is {found}, expected torch.float32{list(expected.shape)}"
+                )
             factors.append(tensor)
-        pairs[path] = LoraPair(factors[0], factors[1], scale)
+        pairs[path] = LoraPair(factors[0], factors[1], pair.scale)
     return Adapter(pairs)

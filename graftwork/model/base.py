@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from graftwork.adapters.prepare import SlotSpec
 from graftwork.config.schema import LoraConfig, ModelConfig
@@ -114,6 +115,7 @@ class BaseModel:
 def load_base(model: ModelConfig, lora: LoraConfig) -> BaseModel:
     """Raises ModelError, naming the folder or the module that stands in the way."""
     attention.register()
+    disable_progress_bar()
     device = pick_device(model.device)
     dtype = pick_dtype(model.dtype, device)
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -34,6 +35,17 @@ HASH_CHUNK_BYTES = 2**20
 def dump_json(value: Any) -> bytes:
     """Canonical JSON: sorted keys, no NaN, one trailing newline; equal values give equal bytes."""
     return (json.dumps(value, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
+
+
+def json_line(value: Any) -> str:
+    """One line of a `.jsonl` log. NaN and infinity become null: other readers of JSON refuse them."""
+    return json.dumps(_finite(value), sort_keys=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -129,6 +141,13 @@ class Staging:
     disk: Disk
     root: Path
     facts: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
+
+    @property
+    def published(self) -> Manifest:
+        """The manifest that the folder was published with; readers may have moved the folder since."""
+        assert self.manifest is not None, "not published yet"
+        return self.manifest
 
     def write(self, name: str, data: bytes) -> None:
         path = self.root / name
@@ -223,7 +242,7 @@ class Disk:
             yield staging
             for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
                 self.sync_folder(folder)
-            staging.seal(".", kind, staging.facts)
+            staging.manifest = staging.seal(".", kind, staging.facts)
             self.sync_folder(root)
             self.rename(root, target)
         except BaseException:
@@ -237,6 +256,12 @@ class Disk:
         """Append one line of a log. Logs are not part of the commit protocol: a reader drops a torn last line."""
         self.make_folder(path.parent)
         self.append(path, line.encode() + b"\n")
+
+    def cut_log(self, path: Path, last_step: int) -> None:
+        """Drop the lines of a `.jsonl` log whose `step` lies after `last_step`, and a torn last line."""
+        if path.exists():
+            rows = [row for row in read_lines(path) if row.get("step", 0) <= last_step]
+            self.publish_file(path, "".join(json_line(row) + "\n" for row in rows).encode())
 
     def quarantine(self, path: Path, trash: Path) -> Path:
         """Move a file or folder into `trash` (same file system) under a name that was never used; return it."""

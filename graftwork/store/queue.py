@@ -102,7 +102,7 @@ def publish_batch(disk: Disk, tree: RunTree, batch: Batch) -> str:
     """Publish `rollouts/step_k`; return its digest. Raises Conflict if it exists."""
     facts = {"run": str(batch.run), "step": batch.step}
     lengths = [len(rollout.token_ids) for rollout in batch.rollouts]
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "token_ids": np.concatenate([r.token_ids for r in batch.rollouts]).astype(np.int32),
         "loss_mask": np.concatenate([r.loss_mask for r in batch.rollouts]).astype(np.uint8),
         "logprobs": np.concatenate([r.logprobs for r in batch.rollouts]).astype(np.float32),
@@ -114,12 +114,11 @@ def publish_batch(disk: Disk, tree: RunTree, batch: Batch) -> str:
         "sample_index": np.array([r.sample_index for r in batch.rollouts], np.int32),
     }
     versions = [{"name": v.name, "digest": v.digest, "digest_source": v.digest_source} for v in batch.versions]
-    target = tree.batch(batch.step)
-    with disk.publish_dir(target, BATCH, facts) as staging:
+    with disk.publish_dir(tree.batch(batch.step), BATCH, facts) as staging:
         staging.write("batch.safetensors", save_safetensors(columns))
         staging.write_json("batch.json", {**facts, "temperature": batch.temperature, "versions": versions})
         staging.write_json("orchestrator.json", batch.orchestrator_state)
-    return Manifest.read(target).sha256
+    return staging.published.sha256
 
 
 def read_batch(tree: RunTree, step: int) -> tuple[Batch, str] | None:

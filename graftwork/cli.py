@@ -1,0 +1,181 @@
+"""The `graftwork` command: one short function a command, in the order in which a story uses them.
+
+Programs are imported inside the commands: `graftwork --help` and `graftwork orchestrator` never load torch.
+Exit codes: 0 done, 1 a GraftworkError (one line on stderr, no traceback), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftwork.config.load import load
+from graftwork.config.schema import InferenceConfig, RlConfig, SftConfig, TrainerConfig
+from graftwork.errors import ConfigError, GraftworkError
+from graftwork.programs.processes import end_with_parent
+
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""Idle OpenMP threads sleep instead of spinning: three programs share the cores, and spinning can cost 10x."""
+
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""A command with these takes every setting of its file as a flag as well."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train LoRA adapters with reinforcement learning: many adapters on one frozen base model.",
+    epilog="After FILE, any of its settings can be given as --key value; `graftwork config rl` lists them.",
+)
+
+File = Annotated[Path, typer.Argument(help="Configuration (TOML). Settings follow it as --key value.")]
+Steps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after this step.")]
+
+
+def main() -> None:
+    """Entry point of `graftwork` and of `python -m graftwork`."""
+    for name, value in {**THREAD_ENVIRONMENT, "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)
+    end_with_parent()
+    set_up_logging()
+    try:
+        app(prog_name="graftwork")
+    except GraftworkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def set_up_logging() -> None:
+    """One place for every program: stderr, time, level, message."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for chatty in ("httpx", "httpcore", "asyncio", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@app.command(context_settings=SETTINGS)
+def sft(
+    ctx: typer.Context,
+    file: File,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
+    max_steps: Steps = None,
+) -> None:
+    """Fine-tune an adapter on right answers."""
+    given = [*(["--resume", "true"] if resume else []), *(["--max_steps", str(max_steps)] if max_steps else [])]
+    config = load(SftConfig, _file(file), [*given, *ctx.args])
+    from graftwork.programs import sft as program
+
+    program.main(config)
+
+
+@app.command(context_settings=SETTINGS)
+def rl(
+    ctx: typer.Context,
+    file: File,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    resume_step: Annotated[
+        int | None, typer.Option("--resume-step", min=0, help="Go on from this checkpoint; later ones go to .trash.")
+    ] = None,
+    max_steps: Steps = None,
+) -> None:
+    """Improve an adapter by reinforcement learning: starts inference, trainer and orchestrator, and watches them."""
+    given = ["--run.max_steps", str(max_steps)] if max_steps else []
+    config = load(RlConfig, _file(file), [*given, *ctx.args])
+    from graftwork.programs import rl as program
+
+    program.main(config, resume=resume, resume_step=resume_step)
+
+
+@app.command(context_settings=SETTINGS)
+def trainer(ctx: typer.Context, file: File) -> None:
+    """Train every run in output_dir that has a control/orch.toml."""
+    config = load(TrainerConfig, _file(file), ctx.args)
+    from graftwork.programs import trainer as program
+
+    program.main(config)
+
+
+@app.command(context_settings=SETTINGS)
+def inference(ctx: typer.Context, file: File) -> None:
+    """Serve the base model and its adapters over HTTP (OpenAI-compatible)."""
+    config = load(InferenceConfig, _file(file), ctx.args)
+    from graftwork.programs import inference as program
+
+    program.main(config)
+
+
+@app.command()
+def orchestrator(
+    run_dir: Annotated[Path, typer.Argument(help="outputs/run_<id>, which holds control/orch.toml.")],
+) -> None:
+    """Sample the batches of one run."""
+    from graftwork.programs import orchestrator as program
+
+    program.main(run_dir)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter (PEFT).")],
+    run_dir: Annotated[Path, typer.Argument(help="outputs/run_<id>; gets checkpoints/step_0.")],
+    trainer_json: Annotated[
+        Path | None, typer.Option(help="Describes the slots. Default: trainer.json beside RUN_DIR, if there is one.")
+    ] = None,
+) -> None:
+    """Make a run's step_0 from a saved adapter."""
+    beside = run_dir.absolute().parent / "trainer.json"
+    if trainer_json is not None and not trainer_json.is_file():
+        raise ConfigError(f"--trainer-json: no file at {trainer_json}")
+    from graftwork.adapters.convert import convert_adapter
+    from graftwork.store.disk import Disk
+
+    slots = trainer_json or (beside if beside.is_file() else None)
+    for line in convert_adapter(Disk(), adapter, run_dir, trainer_json=slots).lines():
+        print(line)
+
+
+@app.command(name="eval", context_settings=SETTINGS)
+def evaluate(
+    ctx: typer.Context,
+    file: File,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a saved adapter. Not given: the bare base.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts, one answer each.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts and of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a sentence.")] = False,
+) -> None:
+    """Mean reward on held-out prompts, sampled as FILE's [run] says."""
+    config = load(RlConfig, _file(file), ctx.args)
+    if adapter is not None and not adapter.is_dir():
+        raise ConfigError(f"--adapter: no folder at {adapter}")
+    from graftwork.programs import evaluate as program
+
+    reward = program.main(config, adapter, prompts, seed)
+    if as_json:
+        about = {"adapter": str(adapter) if adapter else None, "prompts": prompts, "seed": seed}
+        print(json.dumps({**about, "reward": reward}))
+    else:
+        print(f"mean reward {reward:.4f} of {adapter or 'the bare base'} on {prompts} held-out prompts (seed {seed})")
+
+
+@app.command(name="config")
+def list_settings(
+    section: Annotated[str, typer.Argument(help="sft, rl, trainer, inference, or run (control/orch.toml).")],
+) -> None:
+    """List every setting of a configuration file: type, default, meaning, unit."""
+    from graftwork.programs.settings import describe_section
+
+    print("\n".join(describe_section(section)))
+
+
+def _file(path: Path) -> Path:
+    """FILE itself, refused when a flag stands in its place."""
+    if str(path).startswith("-"):
+        raise ConfigError(f"{path} stands where the configuration file belongs: FILE first, then --key value")
+    return path

@@ -1,0 +1,268 @@
+"""The HTTP API's bodies: OpenAI's fields, typed, and the answers in OpenAI's and vLLM's shapes.
+
+A field that would change the answer and that the engine cannot honour is refused by name, never ignored. What is not
+listed here is unknown, and refused too.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from graftwork.inference.engine import ServedModel
+from graftwork.inference.requests import BadRequest, Choice, GenerationRequest, GenerationResult
+
+
+class Tokenizer(Protocol):
+    """What the server asks of `rollouts.chat.ChatTokenizer`."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_chat(self, messages: Sequence[Any], add_generation_prompt: bool) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+def only(*neutral: Any) -> BeforeValidator:
+    """A field that the engine does not have: absent, null or a value that changes nothing."""
+
+    def check(value: Any) -> Any:
+        if value is None or value in neutral:
+            return value
+        advice = f"leave it out or send {neutral[0]!r}" if neutral else "leave it out"
+        raise ValueError(f"{value!r} is not supported by the embedded engine; {advice}")
+
+    return BeforeValidator(check)
+
+
+def defaulted(default: Any) -> BeforeValidator:
+    """null means the default, as in OpenAI's API."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+def _prompts(value: Any) -> list[list[int]] | list[str]:
+    """The four forms of `prompt` as two."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
+            return value
+    raise ValueError("expected a text, a list of texts, a list of token ids or a list of such lists, not empty")
+
+
+def _stops(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+Unsupported = Annotated[Any, only()]
+NoPenalty = Annotated[Any, only(0)]
+Off = Annotated[Any, only(False)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class _SamplingBody(_Body):
+    """What completions and chat completions have in common."""
+
+    model: str
+    n: Annotated[int, defaulted(1)] = 1
+    temperature: Annotated[float, defaulted(1.0)] = 1.0
+    top_p: Annotated[float, defaulted(1.0)] = 1.0
+    seed: int | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    return_token_ids: Annotated[bool, defaulted(False)] = False
+    user: str | None = None  # says who asks; changes nothing
+
+    stream: Off = False
+    stream_options: Unsupported = None
+    logit_bias: Annotated[Any, only({})] = None
+    presence_penalty: NoPenalty = 0
+    frequency_penalty: NoPenalty = 0
+    repetition_penalty: Annotated[Any, only(1)] = 1
+    top_k: Annotated[Any, only(-1, 0)] = -1
+    min_p: NoPenalty = 0
+    min_tokens: NoPenalty = 0
+    ignore_eos: Off = False
+    stop_token_ids: Annotated[Any, only([])] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+
+    def request(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> GenerationRequest:
+        return GenerationRequest(
+            self.model, prompts, n=self.n, max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p,
+            seed=self.seed, stop=tuple(self.stop),
+        )  # fmt: skip
+
+
+class CompletionBody(_SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, defaulted(16)] = 16
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    """0 or 1: the log-prob of each sampled token; there are no alternatives."""
+    best_of: Annotated[Any, only(1)] = None
+    echo: Off = False
+    suffix: Annotated[Any, only("")] = None
+    prompt_logprobs: Unsupported = None
+
+    def token_prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        return [tokenizer.encode(item) if isinstance(item, str) else item for item in self.prompt]
+
+
+class Message(_Body):
+    model_config = ConfigDict(extra="allow")  # a chat template may use fields of its own
+
+    role: str
+    content: str
+
+
+class ChatBody(_SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: Annotated[bool, defaulted(False)] = False
+    top_logprobs: NoPenalty = None
+    tools: Annotated[Any, only([])] = None
+    tool_choice: Annotated[Any, only("none")] = None
+    chat_template: Unsupported = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+    add_generation_prompt: Annotated[Any, only(True)] = True
+    continue_final_message: Off = False
+
+    def tokens_limit(self, room: int) -> int:
+        """Most tokens to answer with; `room`, what is left of the model's length, where nothing was asked for."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return room if self.max_tokens is None else self.max_tokens
+
+
+class LoadBody(_Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: Off = False
+
+
+class UnloadBody(_Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+    lora_int_id: Any = None  # vLLM's own number; the name decides there too
+
+
+def chat_prompt(body: ChatBody, tokenizer: Tokenizer, max_model_len: int) -> tuple[list[int], int]:
+    """(token ids, most tokens to answer with). Raises BadRequest when the conversation leaves no room."""
+    messages = [message.model_dump() for message in body.messages]
+    token_ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    room = max_model_len - len(token_ids)
+    if room < 1:
+        raise BadRequest(
+            f"messages: {len(token_ids)} tokens leave no room for an answer within {max_model_len} (max_model_len);"
+            " shorten the conversation",
+            "messages",
+        )
+    return token_ids, body.tokens_limit(room)
+
+
+def completion_answer(
+    body: CompletionBody, prompts: list[list[int]], result: GenerationResult, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    def shape(choice: Choice, text: str) -> dict[str, Any]:
+        shaped: dict[str, Any] = {"text": text, "logprobs": None}
+        if body.logprobs is not None:
+            shaped["logprobs"] = {
+                "tokens": [f"token_id:{token}" for token in choice.token_ids],
+                "token_logprobs": choice.logprobs.tolist(),
+                "top_logprobs": None,
+                "text_offset": [],
+            }
+        return shaped
+
+    return _answer("text_completion", "cmpl", body, prompts, result, tokenizer, shape)
+
+
+def chat_answer(
+    body: ChatBody, prompt: list[int], result: GenerationResult, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    def shape(choice: Choice, text: str) -> dict[str, Any]:
+        shaped: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "logprobs": None}
+        if body.logprobs:
+            pairs = zip(choice.token_ids.tolist(), choice.logprobs.tolist(), strict=True)
+            entries = [{"token": f"token_id:{t}", "logprob": p, "bytes": None, "top_logprobs": []} for t, p in pairs]
+            shaped["logprobs"] = {"content": entries}
+        return shaped
+
+    return _answer("chat.completion", "chatcmpl", body, [prompt], result, tokenizer, shape)
+
+
+def _answer(
+    kind: str, prefix: str, body: _SamplingBody, prompts: list[list[int]], result: GenerationResult,
+    tokenizer: Tokenizer, shape: Callable[[Choice, str], dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    choices = []
+    for index, choice in enumerate(result.choices):
+        text = cut_at_stop(tokenizer.decode(choice.token_ids.tolist()), body.stop)
+        shaped = {"index": index, "finish_reason": choice.finish_reason, **shape(choice, text)}
+        if body.return_token_ids:
+            shaped["token_ids"] = choice.token_ids.tolist()
+            shaped["prompt_token_ids"] = prompts[choice.prompt_index]
+        choices.append(shaped)
+    prompt_tokens = sum(map(len, prompts))
+    completion_tokens = sum(len(choice.token_ids) for choice in result.choices)
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": body.model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+        "graftwork": {"version": result.version, "digest": result.digest},
+    }
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string: OpenAI's texts leave it out, though its tokens were sampled."""
+    places = [place for string in stop if (place := text.find(string)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def model_list(models: Sequence[ServedModel], created: int, max_model_len: int) -> dict[str, Any]:
+    """GET /v1/models: the base, and the adapters as its children."""
+    base = models[0].name
+    cards: list[dict[str, Any]] = [
+        {
+            "id": model.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "graftwork",
+            "root": str(model.path) if model.path else model.name,
+            "parent": base if model.path else None,
+            "max_model_len": None if model.path else max_model_len,
+            "permission": [],
+            "digest": model.digest,
+        }
+        for model in models
+    ]
+    return {"object": "list", "data": cards}
+
+
+def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

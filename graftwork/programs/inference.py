@@ -1,0 +1,113 @@
+"""`graftwork inference`: the base, the engine and the HTTP server in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+import uvicorn
+
+from graftwork.config.schema import InferenceConfig, InferenceSection, LoraConfig, ModelConfig
+from graftwork.errors import ConfigError
+from graftwork.inference.engine import Engine
+from graftwork.inference.requests import GenerationRequest
+from graftwork.inference.server import build_app
+from graftwork.model.base import load_base
+from graftwork.rollouts.chat import ChatTokenizer
+from graftwork.store.disk import Disk
+
+BACKLOG_CONNECTIONS = 2048
+SHUTDOWN_SECONDS = 3  # what requests under way are given when the server is told to end
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def main(config: InferenceConfig) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError (port, tokenizer) and ModelError."""
+    listener = listen(config.host, config.port)
+    url = url_of(config.host, listener)
+    tokenizer = ChatTokenizer.load(config.model.path)
+    with build_engine(config.model, config.lora, config, tokenizer) as engine:
+        engine.submit(GenerationRequest(engine.base_name, [[0]], max_tokens=1)).result()
+
+        def announce() -> None:
+            if config.ready_file is not None:
+                Disk().publish_json(Path(config.ready_file), {"url": url, "pid": os.getpid()})
+            print(f"inference: serving {engine.base_name} on {url}", flush=True)
+
+        Server(engine, tokenizer, announce).run([listener])
+
+
+def build_engine(
+    model: ModelConfig, lora: LoraConfig, section: InferenceSection, tokenizer: ChatTokenizer
+) -> Engine:
+    """The engine that the settings describe, not started. Raises ModelError."""
+    if section.threads:
+        torch.set_num_threads(section.threads)
+    return Engine(
+        load_base(model, lora),
+        name=model.path,
+        eos_token_ids=tokenizer.eos_token_ids,
+        max_adapters=section.max_adapters,
+        max_sequences=section.max_sequences,
+        max_model_len=section.max_model_len,
+        decode=tokenizer.decode,
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, before anything slow begins: a port that is taken is said at once. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Stop the program that has the port, or set"
+            " inference.port to another one (0: any free one)"
+        ) from None
+    return listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    """Where a client on this machine reaches the listener."""
+    reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    shown = f"[{reachable}]" if ":" in reachable else reachable
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with two changes: it says when it listens, and a signal ends it instead of killing it afterwards."""
+
+    def __init__(self, engine: Engine, tokenizer: ChatTokenizer, announce: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build_app(engine, tokenizer), access_log=False, log_level="warning",
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            )
+        )  # fmt: skip
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._end) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.handle_exit(number, frame)

@@ -1,0 +1,228 @@
+"""The one client for both inference servers: the embedded engine and vLLM speak the same HTTP API.
+
+It believes nothing: counts, lengths, types and the name of the adapter that answered are checked on every reply.
+
+vLLM must be started with `--logprobs-mode processed_logprobs`, or its log-probs leave out temperature and top-p. It
+gets no `seed` (with chunked prefill that kills its engine) and gets every sampling setting by name, as it takes the
+ones that are missing from the base's generation_config.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from graftwork.config.schema import SamplingConfig
+from graftwork.errors import ConfigError, InferenceError, Refused, ServerGone
+from graftwork.rollouts.sampling import Completion
+from graftwork.store.queue import Version
+
+ATTEMPTS = 5
+BACKOFF_SECONDS = 0.1
+"""Wait before the second attempt; each further wait is twice as long."""
+QUICK_SECONDS = 30.0
+"""Longest wait for calls that do no work: health, models."""
+READY_POLL_SECONDS = 0.2
+FINISH_REASONS = ("stop", "length")
+RETRIED = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+"""Nobody answered. A server that takes too long is not asked again: it may still be at work."""
+VLLM_DEFAULTS = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+
+
+class InferenceClient:
+    """Use as `async with InferenceClient(url, timeout_seconds) as client`. Satisfies `Sampler`.
+
+    Every call raises ServerGone (no answer; url, call and last error named), Refused (HTTP 4xx, with the server's own
+    words) or InferenceError (any other answer that is not what was asked for).
+    """
+
+    def __init__(self, url: str, timeout_seconds: float, *, send_seed: bool = True) -> None:
+        """`url` is the server's root; `send_seed` is False for vLLM. Raises ConfigError for a url that is none."""
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"inference_url = {url!r} is not a url: {error}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ConfigError(f"inference_url = {url!r} is not a url; expected something like http://127.0.0.1:8000")
+        self.url = url.rstrip("/")
+        self.timeout_seconds = timeout_seconds
+        self.send_seed = send_seed
+        # trust_env: a proxy that is set for downloads must not stand between two programs of ours.
+        self._http = httpx.AsyncClient(trust_env=False, timeout=timeout_seconds)
+
+    async def __aenter__(self) -> InferenceClient:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._http.aclose()
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    async def complete(
+        self, model: str, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int
+    ) -> list[Completion]:
+        """`n` answers of `model` to each prompt, in one request; see `Sampler.complete`."""
+        payload: dict[str, Any] = {
+            "model": model, "prompt": [list(prompt) for prompt in prompts], "n": n, "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "logprobs": 1, "return_token_ids": True,
+        }  # fmt: skip
+        payload |= {"seed": seed} if self.send_seed else VLLM_DEFAULTS
+        answer = await self._json("POST", "/v1/completions", payload)
+        return read_completions(answer, model, prompts, n)
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    async def load_adapter(self, version: Version, path: Path) -> None:
+        """Make the adapter in folder `path` (on the server's file system) available under the version's name."""
+        payload = {"lora_name": version.name, "lora_path": str(path.absolute())}
+        await self._call("POST", "/v1/load_lora_adapter", payload, self.timeout_seconds)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Let go of an adapter. One that the server does not hold is fine."""
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, self.timeout_seconds, fine=(404,))
+
+    async def served_models(self) -> list[str]:
+        """Names that can be asked: the base and the loaded adapters."""
+        return [name for name, _ in await self._models()]
+
+    async def is_vllm(self) -> bool:
+        return any(owner == "vllm" for _, owner in await self._models())
+
+    async def health(self) -> None:
+        """Returns if the server answers that it is well."""
+        await self._call("GET", "/health", None, QUICK_SECONDS)
+
+    async def wait_ready(self, seconds: float) -> None:
+        """Wait until the server is well; raises ServerGone, naming the last error, after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return await self.health()
+            except ServerGone:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(READY_POLL_SECONDS)
+
+    async def _models(self) -> list[tuple[str, str]]:
+        answer = await self._json("GET", "/v1/models", None)
+        cards = _field(answer, "data", list, "/v1/models")
+        return [(_field(card, "id", str, "/v1/models: data[]"), str(card.get("owned_by"))) for card in cards]
+
+    # --- HTTP -------------------------------------------------------------------------------------------------------
+
+    async def _json(self, method: str, path: str, payload: dict[str, Any] | None) -> Any:
+        timeout = QUICK_SECONDS if payload is None else self.timeout_seconds
+        response = await self._call(method, path, payload, timeout)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise InferenceError(f"{self.url}{path} answered something that is not JSON ({error})") from None
+
+    async def _call(
+        self, method: str, path: str, payload: dict[str, Any] | None, timeout_seconds: float, fine: tuple[int, ...] = ()
+    ) -> httpx.Response:
+        response = await self._send(method, path, payload, timeout_seconds)
+        if response.is_success or response.status_code in fine:
+            return response
+        words = f"{method} {self.url}{path} answered {response.status_code}: {_server_message(response)}"
+        if 400 <= response.status_code < 500:
+            raise Refused(words)
+        raise InferenceError(words)
+
+    async def _send(
+        self, method: str, path: str, payload: dict[str, Any] | None, timeout_seconds: float
+    ) -> httpx.Response:
+        """One request, again after a while if nobody answered or the server said 503. Raises ServerGone."""
+        call, last = f"{method} {self.url}{path}", ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
+            try:
+                response = await self._http.request(method, self.url + path, json=payload, timeout=timeout_seconds)
+            except RETRIED as error:
+                last = f"{type(error).__name__}: {error}"
+            except httpx.TimeoutException as error:
+                raise ServerGone(
+                    f"{call}: no answer within {timeout_seconds:g} seconds ({type(error).__name__});"
+                    " see the inference log, or raise request_timeout_seconds"
+                ) from None
+            except httpx.TransportError as error:
+                raise InferenceError(f"{call} failed: {type(error).__name__}: {error}") from None
+            else:
+                if response.status_code != 503:
+                    return response
+                last = f"503: {_server_message(response)}"
+        raise ServerGone(
+            f"{call}: the inference server does not answer after {ATTEMPTS} attempts; last: {last};"
+            " start it (again) and resume the run"
+        )
+
+
+def _server_message(response: httpx.Response) -> str:
+    """What the server said, out of the ways that servers say it; at most 2000 characters."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:2000]
+    while isinstance(body, dict):
+        body = next((body[key] for key in ("error", "message", "detail") if body.get(key)), str(body))
+    return str(body)[:2000]
+
+
+def read_completions(answer: Any, model: str, prompts: Sequence[Sequence[int]], n: int) -> list[Completion]:
+    """The completions in an answer of /v1/completions, in order of (prompt, sample).
+
+    Raises InferenceError, naming the field, for anything but `len(prompts) * n` whole answers of `model`.
+    """
+    where = f"/v1/completions for {model}"
+    about = answer.get("graftwork") if isinstance(answer, dict) else None
+    if about is not None:
+        name = _field(about, "version", str, f"{where}: graftwork")
+        digest = about.get("digest")
+        if digest is not None and not isinstance(digest, str):
+            raise InferenceError(f"{where}: graftwork.digest is {digest!r}, expected text or null")
+    else:
+        name, digest = _field(answer, "model", str, where), None
+    if name != model:
+        raise InferenceError(f"{where}: answered by {name!r}; nothing of that answer is used")
+    choices = _field(answer, "choices", list, where)
+    if len(choices) != len(prompts) * n:
+        raise InferenceError(f"{where}: choices has {len(choices)} entries, expected {len(prompts)} prompts x {n}")
+    by_index = {_field(choice, "index", int, f"{where}: choices"): choice for choice in choices}
+    if by_index.keys() != set(range(len(choices))):
+        raise InferenceError(f"{where}: choices[].index are not 0 to {len(choices) - 1}, each once")
+    return [
+        _read_choice(by_index[i], prompts[i // n], f"{where}: choices[{i}]", name, digest) for i in range(len(choices))
+    ]
+
+
+def _read_choice(choice: Any, prompt: Sequence[int], where: str, name: str, digest: str | None) -> Completion:
+    token_ids = _field(choice, "token_ids", list, where)
+    if not token_ids or not all(type(i) is int and i >= 0 for i in token_ids):
+        raise InferenceError(f"{where}.token_ids is {str(token_ids)[:100]}, expected one or more token ids")
+    logprobs = _field(_field(choice, "logprobs", dict, where), "token_logprobs", list, f"{where}.logprobs")
+    if len(logprobs) != len(token_ids):
+        raise InferenceError(f"{where}.logprobs.token_logprobs has {len(logprobs)} entries, token_ids {len(token_ids)}")
+    if not all(type(p) in (int, float) and math.isfinite(p) for p in logprobs):
+        raise InferenceError(f"{where}.logprobs.token_logprobs is {str(logprobs)[:100]}, expected finite numbers")
+    finish_reason = choice.get("finish_reason")
+    if finish_reason not in FINISH_REASONS:
+        raise InferenceError(f"{where}.finish_reason is {finish_reason!r}, expected one of {FINISH_REASONS}")
+    echoed = choice.get("prompt_token_ids")
+    if echoed is not None and echoed != list(prompt):
+        raise InferenceError(f"{where}.prompt_token_ids differ from the prompt that was sent")
+    return Completion(tuple(token_ids), tuple(map(float, logprobs)), finish_reason, name, digest)
+
+
+def _field(value: Any, name: str, kind: type[Any], where: str) -> Any:
+    """`value[name]`, which must be a `kind`. Raises InferenceError, naming the field."""
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise InferenceError(f"{where}: {name} is {str(found)[:100]}, expected a {kind.__name__}")
+    return found

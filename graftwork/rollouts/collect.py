@@ -1,0 +1,308 @@
+"""Play a batch of tasks: environment + tokenizer + sampler in, rollouts and readable rows out.
+
+    P = prompts, G = samples a prompt; rollout (p, s) is sample s of prompt p; T = tokens of one rollout
+
+What a rollout holds: the tokens of the first prompt, then for every turn the sampled tokens, as sampled, then the
+template's tokens up to the next answer (`ChatTokenizer.continuation`). Sampled tokens have loss_mask 1, a log-prob and
+version_index 0 (a batch comes from one version); all others have 0, 0.0 and -1.
+
+A rollout whose environment raises (or earns a reward that is no finite number, or asks nothing) has failed. It is
+data: it has a row with its error, a reward of null and an advantage of 0; it is not among the rollouts that are trained
+on, and the others of its group are centred on their own mean. A fault of the sampler or of the configuration is none
+of its doing and ends the batch: any GraftworkError is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from graftwork.config.schema import SamplingConfig
+from graftwork.errors import GraftworkError, InferenceError, RunError
+from graftwork.rollouts.advantages import group_advantages
+from graftwork.rollouts.chat import ChatTokenizer
+from graftwork.rollouts.environment import Answer, Environment, Message, Split
+from graftwork.rollouts.sampling import Completion, Sampler
+from graftwork.rollouts.wave import Call, Waves
+from graftwork.store.queue import DigestSource, Rollout
+
+REWARD_MAX = float(np.finfo(np.float32).max)
+ERROR_CHARACTERS = 500
+"""What a row keeps of a failed rollout's error."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The adapter that must do the sampling: its name, and its digest where it is known."""
+
+    model: str
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which tasks to play. Task p of the batch is task first_index + p of the split."""
+
+    run: str
+    seed: int
+    step: int
+    split: Split
+    prompts: int
+    samples: int
+    first_index: int
+    sampling: SamplingConfig
+
+    @staticmethod
+    def of_batch(run: str, seed: int, step: int, sampling: SamplingConfig) -> Request:
+        """The training batch of `step` (from 1): every step has tasks of its own."""
+        prompts = sampling.prompts_per_step
+        first = (step - 1) * prompts
+        return Request(run, seed, step, "train", prompts, sampling.samples_per_prompt, first, sampling)
+
+
+@dataclass(frozen=True)
+class Collected:
+    rollouts: tuple[Rollout, ...]
+    """Those that did not fail, in order of (prompt, sample)."""
+    rows: list[dict[str, Any]]
+    """One a rollout, failed ones too: a line of samples.jsonl (docs/design.md)."""
+    digest_source: DigestSource
+    """Whether the engine vouched for the digest."""
+    waves: int
+
+    @property
+    def failed(self) -> int:
+        return len(self.rows) - len(self.rollouts)
+
+    @property
+    def mean_reward(self) -> float:
+        """Over the rollouts that did not fail; NaN if all did."""
+        return math.fsum(r.reward for r in self.rollouts) / len(self.rollouts) if self.rollouts else math.nan
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(int(r.loss_mask.sum()) for r in self.rollouts)
+
+
+@dataclass
+class Conversation:
+    """One rollout in the making; the `Policy` that its environment sees."""
+
+    tokenizer: ChatTokenizer
+    waves: Waves
+    prompt_index: int
+    sample_index: int
+    messages: list[Message] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    """[T]; None for tokens that were not sampled."""
+    completions: list[Completion] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    _asking: bool = False
+
+    async def ask(self, messages: Sequence[Message]) -> Answer:
+        """Add `messages`, let the model answer. Raises ValueError for no messages or two questions at a time."""
+        if self._asking or not messages:
+            raise ValueError("ask the policy one question at a time, with at least one new message")
+        self._asking = True
+        try:
+            prompt_tokens = self._prompt_tokens(messages)
+            read = (*self.token_ids, *prompt_tokens)
+            completion = await self.waves.ask(Call(self.prompt_index, self.sample_index, read))
+        finally:
+            self._asking = False
+        return self._hold(messages, prompt_tokens, completion)
+
+    def _prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """What the template writes between what is held and the next answer."""
+        if not self.answers:
+            return self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        ended = self.token_ids[-1] in self.tokenizer.eos_token_ids
+        return self.tokenizer.continuation(self.messages[:-1], messages, ended)
+
+    def _hold(self, messages: Sequence[Message], prompt_tokens: list[int], completion: Completion) -> Answer:
+        self.token_ids += [*prompt_tokens, *completion.token_ids]
+        self.logprobs += [*([None] * len(prompt_tokens)), *completion.logprobs]
+        answer = Answer(self.tokenizer.decode(completion.token_ids), completion.token_ids, completion.finish_reason)
+        self.messages += [*messages, {"role": "assistant", "content": answer.text}]
+        self.completions.append(completion)
+        self.answers.append(answer)
+        return answer
+
+    def rollout(self, reward: float, advantage: float) -> Rollout:
+        sampled = np.array([p is not None for p in self.logprobs], np.bool_)
+        return Rollout(
+            prompt_index=self.prompt_index,
+            sample_index=self.sample_index,
+            token_ids=np.array(self.token_ids, np.int32),
+            loss_mask=sampled,
+            logprobs=np.array([p or 0.0 for p in self.logprobs], np.float32),
+            version_index=np.where(sampled, 0, -1).astype(np.int32),
+            reward=reward,
+            advantage=advantage,
+        )
+
+
+@dataclass(frozen=True)
+class _Played:
+    """A rollout that has ended, well (`error` is None) or not."""
+
+    talk: Conversation
+    reward: float
+    error: str | None
+
+
+async def collect(
+    environment: Environment, tokenizer: ChatTokenizer, sampler: Sampler, source: Source, request: Request
+) -> Collected:
+    """Play the batch in lockstep waves. The same arguments give the same rollouts if the sampler is deterministic.
+
+    Raises what the sampler raises; ConfigError for a template that refuses the messages; InferenceError if any answer
+    came from another adapter than `source`; RunError if every rollout failed.
+    """
+    key = f"{request.seed} {request.split} {request.step}"
+    live = request.prompts * request.samples
+    waves = Waves(sampler, source.model, request.sampling, request.samples, key, live)
+    talks = [Conversation(tokenizer, waves, p, s) for p in range(request.prompts) for s in range(request.samples)]
+    tasks = [asyncio.create_task(_play(environment, request, talk)) for talk in talks]
+    try:
+        await asyncio.wait(tasks)
+    finally:
+        waves.close()
+        for task in tasks:
+            task.cancel()
+    errors = [None if task.cancelled() else task.exception() for task in tasks]
+    if waves.failure is not None:
+        raise waves.failure
+    if (fault := next((error for error in errors if isinstance(error, GraftworkError)), None)) is not None:
+        raise fault
+    played = [_outcome(talk, task) for talk, task in zip(talks, tasks, strict=True)]
+    if all(one.error is not None for one in played):
+        raise RunError(
+            f"run {request.run}: all {len(played)} rollouts of step {request.step} failed; the first:"
+            f" {played[0].error}; mend the environment and start again"
+        )
+    digest_source = check_source((c for talk in talks for c in talk.completions), source)
+    advantages = _advantages(played, request.run)
+    return Collected(
+        rollouts=tuple(
+            one.talk.rollout(one.reward, advantage)
+            for one, advantage in zip(played, advantages, strict=True)
+            if one.error is None
+        ),
+        rows=[_row(one, a, request, source, digest_source) for one, a in zip(played, advantages, strict=True)],
+        digest_source=digest_source,
+        waves=waves.count,
+    )
+
+
+async def _play(environment: Environment, request: Request, talk: Conversation) -> float:
+    try:
+        task = environment.task(request.seed, request.first_index + talk.prompt_index, request.split)
+        return await environment.run(task, talk)
+    finally:
+        talk.waves.leave()
+
+
+def _outcome(talk: Conversation, task: asyncio.Task[float]) -> _Played:
+    """What became of a rollout that has ended."""
+    if task.cancelled():
+        return _Played(talk, math.nan, "the environment cancelled itself")
+    if (error := task.exception()) is not None:
+        return _Played(talk, math.nan, f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS])
+    reward = task.result()
+    if not isinstance(reward, (int, float, np.floating)) or not abs(reward) <= REWARD_MAX:
+        return _Played(talk, math.nan, f"the reward {reward!r} is not a finite number")
+    if not talk.answers:
+        return _Played(talk, math.nan, "the environment asked nothing")
+    return _Played(talk, float(reward), None)
+
+
+def _advantages(played: list[_Played], run: str) -> list[float]:
+    """[P*G]; centred within the rollouts of a prompt that did not fail, 0 for those that did."""
+    advantages: list[float] = []
+    for _, members in groupby(played, key=lambda one: one.talk.prompt_index):
+        group = list(members)
+        rewards = [one.reward for one in group if one.error is None]
+        centred = iter(group_advantages(rewards, len(rewards), run=run).tolist() if rewards else [])
+        advantages += [next(centred) if one.error is None else 0.0 for one in group]
+    return advantages
+
+
+def check_source(completions: Any, source: Source) -> DigestSource:
+    """Prove that every answer came from `source`: nothing may be sampled from the bare base or another version.
+
+    Returns "engine" when the engine named the digest of each, else "claimed" (only the name was checked). Raises
+    InferenceError, naming expected and found.
+    """
+    vouched = True
+    for completion in completions:
+        if completion.version_name != source.model:
+            raise InferenceError(
+                f"asked {source.model} and was answered by {completion.version_name}; nothing of this batch is used"
+            )
+        if completion.digest is None:
+            vouched = False
+        elif source.digest is not None and completion.digest != source.digest:
+            raise InferenceError(
+                f"the engine's {source.model} has digest {completion.digest}, published was {source.digest};"
+                " nothing of this batch is used. Restart the inference server"
+            )
+    return "engine" if vouched else "claimed"
+
+
+def _row(
+    one: _Played, advantage: float, request: Request, source: Source, digest_source: DigestSource
+) -> dict[str, Any]:
+    """A line of samples.jsonl. Conversations of several turns add `turns`, failed rollouts `error`."""
+    talk = one.talk
+    opening = talk.messages[: next((i for i, m in enumerate(talk.messages) if m["role"] == "assistant"), None)]
+    row: dict[str, Any] = {
+        "step": request.step,
+        "prompt_index": talk.prompt_index,
+        "sample_index": talk.sample_index,
+        "prompt": "\n".join(str(message.get("content")) for message in opening),
+        "answer": talk.answers[-1].text if talk.answers else "",
+        "reward": one.reward if one.error is None else None,
+        "advantage": advantage,
+        "finish_reason": talk.answers[-1].finish_reason if talk.answers else None,
+        "version": source.model,
+        "digest": source.digest,
+        "digest_source": digest_source,
+    }
+    if len(talk.answers) > 1:
+        row["turns"] = [{"role": m["role"], "content": m.get("content")} for m in talk.messages]
+    return row | ({"error": one.error} if one.error is not None else {})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    mean_reward: float
+    """Failed rollouts count as 0: a model cannot look better by breaking the environment."""
+    failed: int
+    rows: list[dict[str, Any]]
+    """As in samples.jsonl."""
+
+
+async def evaluate(
+    environment: Environment,
+    tokenizer: ChatTokenizer,
+    sampler: Sampler,
+    source: Source,
+    *,
+    n_prompts: int,
+    seed: int,
+    sampling: SamplingConfig,
+    step: int = 0,
+) -> Evaluation:
+    """The mean reward of one answer to each of the first `n_prompts` held-out tasks. Raises as `collect`."""
+    request = Request("evaluation", seed, step, "heldout", n_prompts, 1, 0, sampling)
+    collected = await collect(environment, tokenizer, sampler, source, request)
+    mean = math.fsum(rollout.reward for rollout in collected.rollouts) / n_prompts
+    return Evaluation(mean, collected.failed, collected.rows)

@@ -1,0 +1,72 @@
+"""A batch from disk, checked against what the trainer knows, as examples to learn from. A bad batch ends its run, never
+the trainer: everything that could raise or spread a NaN later is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graftwork.errors import BadBatch, BadRunId, StaleBatch
+from graftwork.store.queue import Batch, Rollout, parse_version_name
+from graftwork.training.packer import Example
+
+LOGPROB_SLACK = 1e-3  # a log-prob may lie this much above 0 by rounding
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What a run's batches may be. known_digests: step -> digests that were ever published for it."""
+
+    vocab_size: int
+    max_tokens: int
+    temperature: float
+    max_staleness_steps: int
+    known_digests: Mapping[int, Sequence[str]]
+
+
+def examples_of(batch: Batch, limits: BatchLimits) -> list[Example]:
+    """Raises BadBatch or StaleBatch, naming run, batch and rollout, and what was expected and found."""
+    if batch.temperature != limits.temperature:
+        raise _bad(batch, f"sampled at temperature {batch.temperature}, the run's is {limits.temperature}")
+    _check_versions(batch, limits)
+    return [_example(batch, index, rollout, limits) for index, rollout in enumerate(batch.rollouts)]
+
+
+def _check_versions(batch: Batch, limits: BatchLimits) -> None:
+    for version in batch.versions:
+        try:
+            run, step, digest8 = parse_version_name(version.name)
+        except BadRunId as error:
+            raise _bad(batch, str(error)) from None
+        if run != batch.run or not version.digest.startswith(digest8):
+            raise _bad(batch, f"version {version.name} (digest {version.digest[:8]}) is not one of this run's")
+        if step < batch.step - 1 - limits.max_staleness_steps:
+            raise StaleBatch(
+                f"run {batch.run}: batch {batch.step} was sampled from step {step}; the oldest allowed is "
+                f"{batch.step - 1 - limits.max_staleness_steps}. The batch is set aside and another is awaited"
+            )
+        if version.digest not in limits.known_digests.get(step, ()):
+            raise _bad(batch, f"sampled from {version.name}, a digest that the trainer never published for step {step}")
+
+
+def _example(batch: Batch, index: int, rollout: Rollout, limits: BatchLimits) -> Example:
+    length, mask = len(rollout.token_ids), rollout.loss_mask
+    if length > limits.max_tokens:
+        raise _bad(batch, f"rollout {index} has {length} tokens, at most {limits.max_tokens} fit")
+    if (low := int(rollout.token_ids.min())) < 0 or (high := int(rollout.token_ids.max())) >= limits.vocab_size:
+        found = low if low < 0 else high
+        raise _bad(batch, f"rollout {index} holds token id {found}, the vocabulary has 0 to {limits.vocab_size - 1}")
+    if mask[0]:
+        raise _bad(batch, f"rollout {index} has loss on its first token, which nothing predicts")
+    logprobs = rollout.logprobs[mask]
+    if not np.isfinite(logprobs).all() or (logprobs > LOGPROB_SLACK).any():
+        raise _bad(batch, f"rollout {index} has a log-prob that is not finite or above 0")
+    if not np.isfinite([rollout.advantage, rollout.reward]).all():
+        raise _bad(batch, f"rollout {index}: advantage {rollout.advantage}, reward {rollout.reward}; both must be finite")
+    return Example(rollout.token_ids, mask, rollout.logprobs, rollout.advantage)
+
+
+def _bad(batch: Batch, what: str) -> BadBatch:
+    return BadBatch(f"run {batch.run}: batch {batch.step}: {what}. The run ends here; its files stay")

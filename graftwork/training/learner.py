@@ -1,0 +1,176 @@
+"""One run in its slot, without disk or network: snapshot in, examples through, snapshot out. RL and SFT share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwork.adapters.canonical import Adapter
+from graftwork.adapters.prepare import PreparedInitAdapter
+from graftwork.adapters.snapshot import Snapshot
+from graftwork.config.schema import LossConfig, OptimizerConfig
+from graftwork.lora.linear import Segment
+from graftwork.lora.slots import SlotBank
+from graftwork.model.base import BaseModel, Route
+from graftwork.model.logprobs import token_logprobs
+from graftwork.training.loss import cross_entropy, policy_loss, sequence_weights
+from graftwork.training.optim import SlotOptimizer, StepOutcome
+from graftwork.training.packer import Example, MicroBatch, pack
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """loss None: supervised learning (cross-entropy, mean over tokens)."""
+
+    optimizer: OptimizerConfig
+    loss: LossConfig | None
+    temperature: float
+    tokens_per_micro_batch: int
+    logprob_chunk_tokens: int
+
+
+@dataclass
+class Sums:
+    """Running sums over the tokens of a batch, for its line in metrics.jsonl."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    loss_tokens: int = 0
+    entropy: float = 0.0
+    mismatch_max: float = 0.0
+    token_sums: dict[str, float] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """Means a loss token of everything summed."""
+        count = max(self.loss_tokens, 1)
+        return {name: total / count for name, total in {"entropy": self.entropy, **self.token_sums}.items()}
+
+
+@dataclass
+class Banks:
+    """Training slots, and the frozen starting adapters that KL losses compare with: same index, other memory."""
+
+    base: BaseModel
+    training: SlotBank
+    reference: SlotBank | None = None
+
+    @staticmethod
+    def of(base: BaseModel, slots: int) -> Banks:
+        return Banks(base, base.new_bank(slots, gradients=True))
+
+    def references(self) -> SlotBank:
+        """The reference bank; memory for it is taken when the first run needs it."""
+        if self.reference is None:
+            self.reference = self.base.new_bank(self.training.slots, gradients=False)
+        return self.reference
+
+    def reset(self, slot: int) -> None:
+        self.training.reset(slot)
+        if self.reference is not None:
+            self.reference.reset(slot)
+
+
+class Learner:
+    """The run that holds `slot`. All its state is in the slot, the optimizer and `state`; `snapshot` returns all of it."""
+
+    def __init__(self, banks: Banks, slot: int, config: LearnerConfig, snapshot: Snapshot) -> None:
+        self.banks, self.slot, self.config = banks, slot, config
+        self.state = snapshot.state
+        self.sums = Sums()
+        banks.reset(slot)
+        banks.training.write(slot, _prepared(snapshot.adapter, self.state.rank, self.state.alpha))
+        taken = self.state.optimizer_steps
+        self.optimizer = SlotOptimizer(banks.training, slot, config.optimizer, steps_taken=taken)
+        if snapshot.moments is not None:
+            layout = banks.training.layout
+            self.optimizer.restore(layout.pack(snapshot.moments[0]), layout.pack(snapshot.moments[1]))
+        self.reference = self._hold_reference(snapshot)
+
+    def _hold_reference(self, snapshot: Snapshot) -> Adapter | None:
+        """The run's starting adapter, in the reference bank, where its loss needs it."""
+        if self.config.loss is None or self.config.loss.kl_coefficient == 0:
+            return snapshot.reference
+        reference = snapshot.reference or (snapshot.adapter if snapshot.state.step == 0 else None)
+        assert reference is not None, "checked at admission"
+        self.banks.references().write(self.slot, _prepared(reference, self.state.rank, self.state.alpha))
+        return reference
+
+    def plan(self, examples: Sequence[Example]) -> list[MicroBatch]:
+        """The micro-batches of one step's examples, with the normaliser over all of them."""
+        weights = sequence_weights([e.loss_tokens for e in examples], self.config.loss or LossConfig())
+        return pack(examples, weights, self.config.tokens_per_micro_batch, self.banks.base.device)
+
+    def learn(self, micro: MicroBatch) -> None:
+        """Add one micro-batch's gradients to the slot's."""
+        logprobs, entropies = self._logprobs(micro, self.banks.training)
+        if self.config.loss is None:
+            loss, sums = cross_entropy(logprobs, micro), {}
+        else:
+            loss, sums = policy_loss(logprobs, self._reference_logprobs(micro), micro, self.config.loss)
+            gap = (logprobs.detach() - micro.sampler_logprobs).abs()
+            self.sums.mismatch_max = max(self.sums.mismatch_max, float(gap.max()) if len(gap) else 0.0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._record(micro, loss, entropies, sums)
+
+    def _logprobs(self, micro: MicroBatch, bank: SlotBank) -> tuple[Tensor, Tensor]:
+        base = self.banks.base
+        segment = Segment(self.slot, 0, len(micro.tokens), bank.holding(self.slot).scale)
+        hidden = base.hidden(micro.tokens, micro.positions, micro.plan, Route(bank, (segment,)))
+        chunk = self.config.logprob_chunk_tokens
+        return token_logprobs(
+            hidden[micro.loss_rows], base.head, micro.targets, temperature=self.config.temperature, chunk=chunk
+        )
+
+    def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
+        assert self.config.loss is not None
+        if self.config.loss.kl_coefficient == 0:
+            return None
+        with torch.no_grad():
+            return self._logprobs(micro, self.banks.references())[0]
+
+    def _record(self, micro: MicroBatch, loss: Tensor, entropies: Tensor, sums: dict[str, Tensor]) -> None:
+        self.sums.loss += float(loss.detach())
+        self.sums.tokens += len(micro.tokens)
+        self.sums.loss_tokens += len(micro.targets)
+        self.sums.entropy += float(entropies.sum())
+        for name, value in sums.items():
+            self.sums.token_sums[name] = self.sums.token_sums.get(name, 0.0) + float(value)
+
+    def step(self, batch_digest: str) -> tuple[StepOutcome, Sums]:
+        """Finish the step that consumed the batch of this digest: clip, check, AdamW, advance the cursor."""
+        outcome = self.optimizer.step()
+        self.banks.training.refresh(self.slot)
+        self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            optimizer_steps=self.optimizer.steps_taken,
+            skipped_in_a_row=self.state.skipped_in_a_row + 1 if outcome.skipped else 0,
+            cursor=self.state.cursor.after(batch_digest),
+        )
+        sums, self.sums = self.sums, Sums()
+        return outcome, sums
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now: fp32 copies on the CPU."""
+        return self.banks.training.read(self.slot)
+
+    def snapshot(self, orchestrator_state: dict[str, Any] | None) -> Snapshot:
+        held = self.banks.training.holding(self.slot)
+        layout = self.banks.training.layout
+        moments = None
+        if self.optimizer.moments is not None:
+            first, second = self.optimizer.moments
+            moments = (layout.unpack(first, held.rank, held.scale), layout.unpack(second, held.rank, held.scale))
+        return Snapshot(self.state, self.adapter(), moments, self.reference, orchestrator_state)
+
+    def release(self) -> None:
+        """Leave the slot zeroed."""
+        self.banks.reset(self.slot)
+
+
+def _prepared(adapter: Adapter, rank: int, alpha: float) -> PreparedInitAdapter:
+    return PreparedInitAdapter(adapter, rank, alpha, "", {})

@@ -1,0 +1,118 @@
+"""Sequences to micro-batches: flat rows, no padding, equal lengths side by side.
+
+A micro-batch depends on its own run's sequences and on the token budget, on nothing else: so a run's arithmetic is the
+same beside other runs as alone (`isolation = "exact"`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from graftwork.model.attention import Group, PackedPlan
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to learn from.
+
+    token_ids         [L] int32
+    loss_mask         [L] bool; loss_mask[i]: predicting token i from those before it is learnt. loss_mask[0] is False.
+    sampler_logprobs  [L] float32, meaningful where loss_mask
+    advantage         what the sequence's log-probs are multiplied by; 1 in supervised learning
+    """
+
+    token_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    sampler_logprobs: NDArray[np.float32]
+    advantage: float
+
+    @property
+    def loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """T rows of several sequences; N of them predict a token that carries loss.
+
+    tokens, positions            [T] int64
+    loss_rows, targets           [N] int64: hidden state of row loss_rows[i] predicts targets[i]
+    sampler_logprobs, advantages [N] float32
+    weights                      [N] float32: share of each token's loss in the batch's loss (the normaliser)
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    plan: PackedPlan
+    loss_rows: Tensor
+    targets: Tensor
+    sampler_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+
+
+def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of sequences a micro-batch: sorted by length (ties by index), filled up to `budget` tokens each.
+
+    Every index appears once; no micro-batch is empty or above the budget. No length may be above it.
+    """
+    parts: list[list[int]] = []
+    used = budget + 1
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        assert lengths[index] <= budget, f"a sequence of {lengths[index]} tokens does not fit into {budget}"
+        if used + lengths[index] > budget:
+            parts.append([])
+            used = 0
+        parts[-1].append(index)
+        used += lengths[index]
+    return parts
+
+
+def build(examples: Sequence[Example], weights: Sequence[float], device: torch.device) -> MicroBatch:
+    """Lay out examples, already sorted by length; `weights`: one number a sequence, for each of its loss tokens."""
+    lengths = [len(example.token_ids) for example in examples]
+    starts = np.cumsum([0, *lengths[:-1]])
+    masks = [np.flatnonzero(example.loss_mask) for example in examples]
+    per_loss_token = [len(mask) for mask in masks]
+    return MicroBatch(
+        tokens=_int64(np.concatenate([e.token_ids for e in examples]), device),
+        positions=_int64(np.concatenate([np.arange(length) for length in lengths]), device),
+        plan=PackedPlan(_groups(lengths)),
+        loss_rows=_int64(np.concatenate([m - 1 + start for m, start in zip(masks, starts, strict=True)]), device),
+        targets=_int64(np.concatenate([e.token_ids[m] for e, m in zip(examples, masks, strict=True)]), device),
+        sampler_logprobs=_float32(
+            np.concatenate([e.sampler_logprobs[m] for e, m in zip(examples, masks, strict=True)]), device
+        ),
+        advantages=_float32(np.repeat([e.advantage for e in examples], per_loss_token), device),
+        weights=_float32(np.repeat(np.asarray(weights), per_loss_token), device),
+    )
+
+
+def pack(examples: Sequence[Example], weights: Sequence[float], budget: int, device: torch.device) -> list[MicroBatch]:
+    """All examples as micro-batches of at most `budget` tokens."""
+    parts = split([len(example.token_ids) for example in examples], budget)
+    return [build([examples[i] for i in part], [weights[i] for i in part], device) for part in parts]
+
+
+def _groups(lengths: Sequence[int]) -> list[Group]:
+    groups, start = [], 0
+    for length, same in groupby(lengths):
+        count = len(list(same))
+        groups.append(Group(start, count, length))
+        start += count * length
+    return groups
+
+
+def _int64(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(device)
+
+
+def _float32(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32)).to(device)

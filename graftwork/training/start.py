@@ -1,0 +1,62 @@
+"""Where a run starts: a verified checkpoint, and for a run that has none, the step_0 that is made first.
+
+So there is one way in: trained checkpoint, converter's step_0, trainer's own init adapter and fresh adapter all come
+through `open_start`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts
+from graftwork.adapters.prepare import PreparedInitAdapter, fresh, prepare
+from graftwork.adapters.snapshot import Snapshot, read_snapshot, snapshot_of, write_snapshot
+from graftwork.config.schema import AdapterConfig
+from graftwork.errors import CannotResume, MisfitAdapter
+from graftwork.model.base import BaseModel
+from graftwork.store.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from graftwork.store.disk import Disk
+
+
+def make_step_0(
+    disk: Disk, checkpoints: Path, base: BaseModel, source: PeftAdapter | None, wish: AdapterConfig, seed: int,
+    facts: PeftFacts,
+) -> None:  # fmt: skip
+    """Publish `checkpoints/step_0` from a saved adapter, or a fresh one. Raises AdapterError."""
+    snapshot = snapshot_of(_first_adapter(base, source, wish, seed), base.fingerprint)
+    save_checkpoint(disk, checkpoints, 0, lambda staging: write_snapshot(staging, snapshot, facts))
+
+
+def _first_adapter(base: BaseModel, source: PeftAdapter | None, wish: AdapterConfig, seed: int) -> PreparedInitAdapter:
+    if source is not None:
+        return prepare(source, base.spec, wish.rank, wish.alpha)
+    rank = base.spec.max_rank if wish.rank is None else wish.rank
+    if rank > base.spec.max_rank:
+        raise MisfitAdapter(f"adapter.rank is {rank}, the slots have lora.max_rank {base.spec.max_rank}")
+    return fresh(base.spec, rank, 2.0 * rank if wish.alpha is None else wish.alpha, seed)
+
+
+def open_start(
+    checkpoints: Path, step: int | None, base: BaseModel, wish: AdapterConfig, *, needs_reference: bool
+) -> tuple[Checkpoint, Snapshot]:
+    """The checkpoint of `step` (None: the newest), every byte verified, and fit for this base and configuration.
+
+    Raises CannotResume when it is absent, damaged, of another base, or lacks the reference adapter that a KL loss
+    needs; MisfitAdapter when it does not fit the slots or contradicts the configured rank or alpha.
+    """
+    checkpoint = open_checkpoint(checkpoints, step)
+    snapshot = read_snapshot(checkpoint)
+    where, state = checkpoint.path, snapshot.state
+    if state.base_fingerprint not in (None, base.fingerprint):
+        raise CannotResume(
+            f"{where} was made on another base: fingerprint {str(state.base_fingerprint)[:12]}, this one has "
+            f"{base.fingerprint[:12]}; give the base that it was trained on"
+        )
+    for name, asked, found in (("rank", wish.rank, state.rank), ("alpha", wish.alpha, state.alpha)):
+        if asked is not None and asked != found:
+            raise MisfitAdapter(f"adapter.{name} is {asked}, {where} has {found}; drop the setting, or convert again")
+    prepare(PeftAdapter(snapshot.adapter, PeftFacts(), ()), base.spec, state.rank, state.alpha)
+    if needs_reference and state.step > 0 and snapshot.reference is None:
+        raise CannotResume(f"{where} holds no reference adapter, which loss.kl_coefficient needs; it was trained without")
+    return checkpoint, replace(snapshot, state=replace(state, base_fingerprint=base.fingerprint))

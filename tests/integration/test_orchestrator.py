@@ -1,0 +1,304 @@
+"""The orchestrator against a made-up server and trainer: exactly which batches it writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_orchestrator_fakes import FakeServer, FakeTrainer, make_base, make_run
+
+from graftwork.errors import Busy, ConfigError, InferenceError, ProgramFailed, RunError, ServerGone
+from graftwork.programs import orchestrator
+from graftwork.store.disk import Disk, read_lines
+from graftwork.store.queue import read_batch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_base(tmp_path / "base")
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as server:
+        yield server
+
+
+def files_of(tree):
+    return {p.relative_to(tree.rollouts): p.read_bytes() for p in sorted(tree.rollouts.rglob("*")) if p.is_file()}
+
+
+def whole_run(root, base, **changes):
+    """A run from start to end on a server of its own; (tree, trainer, server)."""
+    with FakeServer() as server:
+        tree = make_run(root, base, server.url, **changes)
+        with FakeTrainer(tree) as trainer:
+            orchestrator.main(tree.root)
+    return tree, trainer, server
+
+
+def test_a_lockstep_run_writes_each_batch_from_the_version_before_it(tmp_path, base):
+    tree, trainer, server = whole_run(tmp_path / "a", base)
+    assert [step for step, _ in trainer.seen] == [1, 2, 3, 4]
+    assert sorted(p.name for p in tree.rollouts.iterdir()) == ["step_1", "step_2", "step_3", "step_4"]
+    for step in range(1, 5):
+        batch, _ = read_batch(tree, step)
+        assert [v.name for v in batch.versions] == [trainer.versions[step - 1]]
+        assert batch.versions[0].digest_source == "engine"
+        assert batch.orchestrator_state == {"next_step": step + 1, "seed": 0}
+        assert [(r.prompt_index, r.sample_index) for r in batch.rollouts] == [(p, s) for p in range(3) for s in (0, 1)]
+        for first, second in zip(batch.rollouts[::2], batch.rollouts[1::2], strict=True):
+            assert first.advantage + second.advantage == pytest.approx(0, abs=1e-6)
+    rows = read_lines(tree.samples_jsonl)
+    assert [row["step"] for row in rows] == [step for step in range(1, 5) for _ in range(6)]
+    assert rows[0]["prompt"].startswith("reverse: ")
+    assert rows[0]["version"] == trainer.versions[0]
+    assert all(request["n"] == 2 and len(request["prompt"]) == 3 for request in server.requests)
+    assert len({request["seed"] for request in server.requests}) == 4
+
+
+def test_at_most_one_version_is_served_and_none_before_it_is_needed(tmp_path, base):
+    _, trainer, server = whole_run(tmp_path / "a", base)
+    assert list(server.adapters) == [trainer.versions[3]]
+    paths = [path.rpartition("/")[2].removesuffix("_lora_adapter") for path, _ in server.log]
+    assert paths == ["load", "completions", *["unload", "load", "completions"] * 3]
+
+
+def test_two_runs_write_the_same_bytes(tmp_path, base):
+    one, _, _ = whole_run(tmp_path / "a", base)
+    two, _, _ = whole_run(tmp_path / "b", base)
+    assert files_of(one) == files_of(two)
+    assert one.samples_jsonl.read_bytes() == two.samples_jsonl.read_bytes()
+    other, _, _ = whole_run(tmp_path / "c", base, seed=1)
+    assert files_of(one) != files_of(other)
+
+
+def test_a_fixed_lag_samples_ahead(tmp_path, base):
+    tree, trainer, _ = whole_run(tmp_path / "a", base, lag_steps=2)
+    used = [read_batch(tree, step)[0].versions[0].name for step in range(1, 5)]
+    assert used == [trainer.versions[0], trainer.versions[0], trainer.versions[0], trainer.versions[1]]
+    again, _, _ = whole_run(tmp_path / "b", base, lag_steps=2)
+    assert files_of(tree) == files_of(again)
+
+
+def test_resume_in_the_middle_writes_what_the_whole_run_wrote(tmp_path, base):
+    whole, _, _ = whole_run(tmp_path / "whole", base)
+    with FakeServer() as server:
+        tree = make_run(tmp_path / "cut", base, server.url)
+        with FakeTrainer(tree, ends={3: ("stopped", "a person did it")}), pytest.raises(RunError, match="stopped"):
+            orchestrator.main(tree.root)
+    # Batch 3 was published, the checkpoint is at step 2; the log has rows of a batch that never was, and a torn line.
+    with tree.samples_jsonl.open("a") as file:
+        file.write(json.dumps({"step": 4, "prompt": "never published"}) + '\n{"step": 4, "pro')
+    Disk().make_folder(tree.rollouts / ".staging-step_4-dead")
+    published = files_of(tree)
+    assert {path.parts[0] for path in published} == {"step_1", "step_2", "step_3"}
+    with FakeServer() as server:
+        make_run(tmp_path / "cut", base, server.url, resume=True)
+        with FakeTrainer(tree, start_step=2) as trainer:
+            orchestrator.main(tree.root)
+    assert [step for step, _ in trainer.seen] == [3, 4]
+    assert len(server.requests) == 1
+    assert files_of(tree) == files_of(whole)
+    assert tree.samples_jsonl.read_bytes() == whole.samples_jsonl.read_bytes()
+
+
+def test_a_stale_batch_is_made_again(tmp_path, base, server):
+    tree = make_run(tmp_path, base, server.url, lag_steps=1)
+    with FakeTrainer(tree, set_aside={2}, step_seconds=0.05) as trainer:
+        orchestrator.main(tree.root)
+    assert [step for step, _ in trainer.seen] == [1, 2, 3, 4]
+    steps = [row["step"] for row in read_lines(tree.samples_jsonl)]
+    assert sorted(steps) == [step for step in range(1, 5) for _ in range(6)]
+
+
+def test_a_version_that_was_not_kept_is_replaced_by_the_start(tmp_path, base, server, caplog):
+    tree = make_run(tmp_path, base, server.url, lag_steps=1, resume=True)
+    with FakeTrainer(tree, start_step=2) as trainer:
+        orchestrator.main(tree.root)
+    assert read_batch(tree, 3)[0].versions[0].name == trainer.versions[0]
+    assert "version 1 is not kept" in caplog.text
+
+
+def test_a_server_without_digests_claims_and_gets_no_seed(tmp_path, base):
+    with FakeServer(tells_digest=False) as server:
+        tree = make_run(tmp_path, base, server.url)
+        with FakeTrainer(tree):
+            orchestrator.main(tree.root)
+    version = read_batch(tree, 2)[0].versions[0]
+    assert version.digest_source == "claimed"
+    assert version.digest.startswith(version.name[-8:])
+    assert not any("seed" in request for request in server.requests)
+
+
+def test_what_an_earlier_orchestrator_left_in_inference_is_unloaded(tmp_path, base, server):
+    server.adapters = {"tiny@7-00000000": "x", "other@7-00000000": "x", "by-hand": "x"}
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree) as trainer:
+        orchestrator.main(tree.root)
+    assert list(server.adapters) == ["other@7-00000000", "by-hand", trainer.versions[3]]
+
+
+# --- how it ends ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["failed", "evicted", "stopped"])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_that_ends_badly_ends_it_with_the_reason(tmp_path, base, server, state, step):
+    tree = make_run(tmp_path, base, server.url)
+    reason = "batch 3 holds garbage"
+    with FakeTrainer(tree, ends={step: (state, reason)}), pytest.raises(RunError) as caught:
+        orchestrator.main(tree.root)
+    assert all(word in str(caught.value) for word in ("run tiny", state, reason, "status.json"))
+
+
+def test_failure_after_the_last_batch_is_noticed(tmp_path, base, server):
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree, max_steps=9, ends={4: ("failed", "late")}), pytest.raises(RunError, match="late"):
+        orchestrator.main(tree.root)
+    assert len(server.requests) == 4
+
+
+def test_a_finished_run_is_left_alone(tmp_path, base, server):
+    tree, _, _ = whole_run(tmp_path, base)
+    before = files_of(tree)
+    orchestrator.main(tree.root)
+    assert files_of(tree) == before
+
+
+def test_a_dead_server_is_named(tmp_path, base, monkeypatch):
+    monkeypatch.setattr("graftwork.rollouts.client.BACKOFF_SECONDS", 0.01)
+    with FakeServer() as server:
+        server.die_at_completion = 2
+        tree = make_run(tmp_path, base, server.url)
+        with FakeTrainer(tree), pytest.raises(ServerGone) as caught:
+            orchestrator.main(tree.root)
+    assert server.url in str(caught.value)
+    assert "/v1/completions" in str(caught.value)
+    assert [p.name for p in tree.rollouts.iterdir()] == ["step_1"]
+
+
+@pytest.mark.parametrize("trouble", ["base", "digest"])
+def test_nothing_is_kept_that_another_adapter_sampled(tmp_path, base, server, trouble):
+    server.answer_as = "base" if trouble == "base" else None
+    server.wrong_digest = trouble == "digest"
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree), pytest.raises(InferenceError, match=r"tiny@0-.*nothing of th"):
+        orchestrator.main(tree.root)
+    assert files_of(tree) == {}
+    assert not tree.samples_jsonl.exists()
+
+
+def test_one_orchestrator_a_run(tmp_path, base, server):
+    tree = make_run(tmp_path, base, server.url)
+    claim = Disk().claim(tree.orchestrator_lock, "another orchestrator")
+    with pytest.raises(Busy, match="another orchestrator"):
+        orchestrator.main(tree.root)
+    claim.release()
+
+
+def test_a_missing_or_changed_orch_toml(tmp_path, base, server):
+    with pytest.raises(ConfigError, match=r"orch\.toml"):
+        orchestrator.main(tmp_path / "run_none")
+    tree = make_run(tmp_path, base, server.url, environment={"name": "reverse_txt"})
+    with pytest.raises(ConfigError, match="reverse_text"):
+        orchestrator.main(tree.root)
+
+
+# --- warm start -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch):
+    """A `graftwork convert` of the test's own: it writes down how it was called, or refuses."""
+    script = tmp_path / "converter.py"
+    script.write_text(
+        "import sys, pathlib\n"
+        "command, adapter, run = sys.argv[-3:]\n"
+        "if 'bad' in adapter: sys.exit('error: rank 99 does not fit')\n"
+        "folder = pathlib.Path(run, 'checkpoints', 'step_0'); folder.mkdir(parents=True)\n"
+        "(folder / 'STABLE').write_text(f'{command} {adapter}')\n"
+    )
+    runner = tmp_path / "python"
+    runner.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    runner.chmod(0o755)
+    monkeypatch.setattr(orchestrator.sys, "executable", str(runner))
+
+
+def test_a_warm_start_converts_the_adapter_once(tmp_path, base, server, converter):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    tree = make_run(tmp_path, base, server.url, init_adapter_path=str(adapter))
+    with FakeTrainer(tree):
+        orchestrator.main(tree.root)
+    assert (tree.checkpoint(0) / "STABLE").read_text() == f"convert {adapter}"
+    adapter.rmdir()
+    orchestrator.main(tree.root)
+
+
+def test_an_adapter_that_is_absent_or_refused_is_named(tmp_path, base, server, converter):
+    tree = make_run(tmp_path, base, server.url, init_adapter_path=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="nowhere"):
+        orchestrator.main(tree.root)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    make_run(tmp_path, base, server.url, init_adapter_path=str(bad))
+    with pytest.raises(ProgramFailed) as caught:
+        orchestrator.main(tree.root)
+    assert str(bad) in str(caught.value)
+    assert "rank 99 does not fit" in str(caught.value)
+
+
+# --- as a process ---------------------------------------------------------------------------------------------------
+
+TORCH_FREE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_orchestrator_fakes import FakeServer, FakeTrainer, make_base, make_run
+from graftwork.programs import orchestrator
+root = Path(sys.argv[2])
+with FakeServer() as server:
+    tree = make_run(root, make_base(root / "base"), server.url, max_steps=1)
+    with FakeTrainer(tree, max_steps=1) as trainer:
+        orchestrator.main(tree.root)
+assert [step for step, _ in trainer.seen] == [1]
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "peft", "vllm"}))
+"""
+
+
+def in_a_process(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_step_is_made_without_torch(tmp_path):
+    process = in_a_process("-c", TORCH_FREE, Path(__file__).parent, tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out.strip()) == (0, "[]"), err
+
+
+def test_sigterm_ends_it_cleanly(tmp_path, base, server):
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree, step_seconds=3):
+        script = "import sys; from pathlib import Path; from graftwork.programs.orchestrator import main"
+        process = in_a_process("-c", f"{script}; main(Path(sys.argv[1]))", tree.root)
+        deadline = time.monotonic() + 60
+        while not (tree.batch(1) / "STABLE").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert list(tree.rollouts.glob(".staging-*")) == []
+    assert np.isfinite([r.reward for r in read_batch(tree, 1)[0].rollouts]).all()

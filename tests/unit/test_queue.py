@@ -1,0 +1,113 @@
+"""Batches in, versions out."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import random_batch
+
+from graftwork.errors import BadBatch, BadRunId, Damaged
+from graftwork.store.disk import Disk
+from graftwork.store.layout import RunId, RunTree
+from graftwork.store.queue import (
+    Published, Version, parse_version_name, publish_batch, publish_version, read_batch, read_version,
+)  # fmt: skip
+
+RUN = RunId("a")
+VERSION = Version(RUN, 4, "ab" * 32)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> RunTree:
+    return RunTree.at(tmp_path / "run_a")
+
+
+def published(tree: RunTree) -> Published:
+    return Published(VERSION, tree.broadcast(4), {})
+
+
+def test_a_batch_is_read_back_equal_with_its_digest(tree: RunTree) -> None:
+    batch = random_batch(RUN, 5, published(tree))
+    digest = publish_batch(Disk(), tree, batch)
+    found = read_batch(tree, 5)
+    assert found is not None
+    read, read_digest = found
+    assert read_digest == digest
+    assert (read.versions, read.temperature, read.orchestrator_state) == (batch.versions, 1.0, {"next_step": 6})
+    for ours, theirs in zip(read.rollouts, batch.rollouts, strict=True):
+        for name in ("token_ids", "loss_mask", "logprobs", "version_index"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+        assert ours.reward == np.float32(theirs.reward) and ours.advantage == np.float32(theirs.advantage)
+
+
+def test_equal_batches_have_equal_bytes(tree: RunTree, tmp_path: Path) -> None:
+    batch = random_batch(RUN, 5, published(tree))
+    other = RunTree.at(tmp_path / "elsewhere" / "run_a")
+    assert publish_batch(Disk(), tree, batch) == publish_batch(Disk(), other, batch)
+
+
+def test_a_batch_that_is_not_there_yet_is_none(tree: RunTree) -> None:
+    assert read_batch(tree, 5) is None
+    (tree.batch(5)).mkdir(parents=True)
+    assert read_batch(tree, 5) is None
+
+
+def test_a_changed_byte_is_refused(tree: RunTree) -> None:
+    publish_batch(Disk(), tree, random_batch(RUN, 5, published(tree)))
+    path = tree.batch(5) / "batch.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadBatch, match=r"batch 5 is damaged: .*batch\.safetensors has sha256"):
+        read_batch(tree, 5)
+
+
+def test_another_runs_batch_is_refused(tree: RunTree) -> None:
+    publish_batch(Disk(), tree, replace(random_batch(RUN, 5, published(tree)), run=RunId("b")))
+    with pytest.raises(BadBatch, match="is batch 5 of run b, expected 5 of a"):
+        read_batch(tree, 5)
+
+
+def test_a_token_of_no_listed_version_is_refused(tree: RunTree) -> None:
+    batch = random_batch(RUN, 5, published(tree))
+    wrong = replace(batch.rollouts[0], version_index=np.full_like(batch.rollouts[0].version_index, 3))
+    publish_batch(Disk(), tree, replace(batch, rollouts=(wrong, *batch.rollouts[1:])))
+    with pytest.raises(BadBatch, match="names a version that batch.json does not list"):
+        read_batch(tree, 5)
+
+
+def test_version_names() -> None:
+    assert VERSION.name == "a@4-abababab"
+    assert parse_version_name("a@4-abababab") == (RUN, 4, "abababab")
+    for name in ("a@4", "a@04-abababab", "a@4-ABABABAB", "A@4-abababab", "a@4-abababab "):
+        with pytest.raises(BadRunId):
+            parse_version_name(name)
+
+
+def test_publishing_the_same_version_again_changes_nothing(tree: RunTree) -> None:
+    publish_version(Disk(), tree, VERSION, {"x": b"1"}, {"skipped": False})
+    inode = tree.broadcast(4).stat().st_ino
+    publish_version(Disk(), tree, VERSION, {"x": b"1"}, {"skipped": False})
+    assert tree.broadcast(4).stat().st_ino == inode
+
+
+def test_another_digest_at_the_same_step_sets_the_old_folder_aside(tree: RunTree) -> None:
+    publish_version(Disk(), tree, VERSION, {"x": b"1"}, {})
+    other = Version(RUN, 4, "cd" * 32)
+    publish_version(Disk(), tree, other, {"x": b"2"}, {})
+    found = read_version(tree, 4)
+    assert found is not None and found.version == other
+    (old,) = tree.trash.iterdir()
+    assert (old / "x").read_bytes() == b"1"
+
+
+def test_a_broadcast_of_another_run_is_refused(tree: RunTree) -> None:
+    publish_version(Disk(), tree, VERSION, {"x": b"1"}, {})
+    path = tree.broadcast(4) / "STABLE"
+    manifest = json.loads(path.read_text())
+    manifest["facts"]["run"] = "b"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(Damaged, match="expected step 4 of run a"):
+        read_version(tree, 4)
