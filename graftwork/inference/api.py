@@ -194,9 +194,7 @@ def completion_answer(
     return _answer("text_completion", "cmpl", body, prompts, result, tokenizer, shape)
 
 
-def chat_answer(
-    body: ChatBody, prompt: list[int], result: GenerationResult, tokenizer: Tokenizer
-) -> dict[str, Any]:
+def chat_answer(body: ChatBody, prompt: list[int], result: GenerationResult, tokenizer: Tokenizer) -> dict[str, Any]:
     def shape(choice: Choice, text: str) -> dict[str, Any]:
         shaped: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "logprobs": None}
         if body.logprobs:

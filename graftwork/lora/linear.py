@@ -47,7 +47,7 @@ class _SlotLinear(torch.autograd.Function):
     where the input itself needs no gradient; it gets none."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, anchor: Tensor | None, weight: Tensor, bias: Tensor | None, factors: Factors,
         segments: Sequence[Segment],
     ) -> Tensor:  # fmt: skip
@@ -58,7 +58,7 @@ class _SlotLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, *shrunk = ctx.saved_tensors
         factors: Factors = ctx.factors
         assert factors.grad_a is not None and factors.grad_b is not None
@@ -82,7 +82,7 @@ def slot_linear(
     anchor   any tensor that requires a gradient: given, the backward pass fills the gradient buffers of `factors`.
     """
     if anchor is not None and torch.is_grad_enabled():
-        return _SlotLinear.apply(x, anchor, weight, bias, factors, segments)  # type: ignore[no-any-return, no-untyped-call]
+        return _SlotLinear.apply(x, anchor, weight, bias, factors, segments)
     y = torch.nn.functional.linear(x, weight, bias)
     _add_updates(y, x, factors, segments)
     return y

@@ -109,7 +109,7 @@ class BaseModel:
         """Last hidden states [T, H] for token ids [T] at positions [T] int64; the plan and the route cover all rows."""
         with self.routing.using(route):
             output = self.body(input_ids=tokens[None], position_ids=positions[None], use_cache=False, plan=plan)
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return output.last_hidden_state[0]
 
 
 def load_base(model: ModelConfig, lora: LoraConfig) -> BaseModel:
@@ -122,7 +122,7 @@ def load_base(model: ModelConfig, lora: LoraConfig) -> BaseModel:
         loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, attn_implementation=attention.NAME)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the base model {model.path!r}: {str(error).strip().splitlines()[0]}") from None
-    loaded.to(device).eval().requires_grad_(False)
+    nn.Module.to(loaded, device).eval().requires_grad_(False)
     _refuse_unusual(loaded, model.path)
     fingerprint = _fingerprint(loaded)
     routing = Routing()

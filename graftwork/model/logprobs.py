@@ -16,7 +16,7 @@ from torch import Tensor
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
@@ -33,7 +33,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         for start in range(0, hidden.shape[0], ctx.chunk):
@@ -53,7 +53,7 @@ def token_logprobs(
     hidden   [N, H], the last hidden state at the positions that predict `targets` [N] int64
     weight   [V, H], the frozen head
     """
-    return _TokenLogProbs.apply(hidden, weight, targets, temperature, chunk)  # type: ignore[no-any-return, no-untyped-call]
+    return _TokenLogProbs.apply(hidden, weight, targets, temperature, chunk)
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -43,9 +43,7 @@ def main(config: InferenceConfig) -> None:
         Server(engine, tokenizer, announce).run([listener])
 
 
-def build_engine(
-    model: ModelConfig, lora: LoraConfig, section: InferenceSection, tokenizer: ChatTokenizer
-) -> Engine:
+def build_engine(model: ModelConfig, lora: LoraConfig, section: InferenceSection, tokenizer: ChatTokenizer) -> Engine:
     """The engine that the settings describe, not started. Raises ModelError."""
     if section.threads:
         torch.set_num_threads(section.threads)

@@ -108,12 +108,12 @@ class Learner:
         """Add one micro-batch's gradients to the slot's."""
         logprobs, entropies = self._logprobs(micro, self.banks.training)
         if self.config.loss is None:
-            loss, sums = cross_entropy(logprobs, micro), {}
+            loss, sums = cross_entropy(logprobs, micro), dict[str, Tensor]()
         else:
             loss, sums = policy_loss(logprobs, self._reference_logprobs(micro), micro, self.config.loss)
             gap = (logprobs.detach() - micro.sampler_logprobs).abs()
             self.sums.mismatch_max = max(self.sums.mismatch_max, float(gap.max()) if len(gap) else 0.0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._record(micro, loss, entropies, sums)
 
     def _logprobs(self, micro: MicroBatch, bank: SlotBank) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ def _read(path: Path) -> list[list[Message]]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.path: cannot read {path}: {error}") from None
-    rows = []
+    rows: list[list[Message]] = []
     for number, line in enumerate(lines, 1):
         try:
             messages = json.loads(line)["messages"]

@@ -55,8 +55,11 @@ class Tenant:
 
     # --- admission ----------------------------------------------------------------------------------------------------
 
-    def open(self, checkpoint: Checkpoint) -> None:
-        """Bring the folder into line with the checkpoint that the run starts from, publish its version, say `active`."""
+    def open(self, checkpoint: Checkpoint) -> bool:
+        """Bring the folder into line with the checkpoint that the run starts from, publish its version, say `active`.
+
+        Returns True: there was work, as in `advance`.
+        """
         for folder in (self.tree.checkpoints, self.tree.broadcasts):
             self.disk.sweep(folder)
         if self.config.resume_step is not None:
@@ -66,6 +69,7 @@ class Tenant:
         self._know_published()
         self._publish(skipped=False)
         self.say("active", start_step=self.step)
+        return True
 
     def _set_aside_after(self, step: int) -> None:
         """A resume from a named earlier step: what came after it goes to the trash, before anything new is written."""

@@ -184,7 +184,7 @@ class Trainer:
         tenant = Tenant(self.disk, seen.tree, seen.config, status, learner, max_tokens)
         self.tenants[run] = tenant
         log.info("run %s: slot %d, from step %d (%s)", run, slot, learner.state.step, learner.state.start)
-        self._guarded(tenant, lambda: tenant.open(checkpoint) is None)
+        self._guarded(tenant, lambda: tenant.open(checkpoint))
 
     def _end(self, tenant: Tenant, state: State, reason: str | None) -> None:
         """Give the slot back and say why. A run whose folder cannot be written any more is still released."""

@@ -49,7 +49,7 @@ def read_back(files: dict[str, bytes]) -> PeftAdapter:
         return read_peft(Path(folder))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(adapter=adapters(), base=st.none() | st.text(max_size=20))
 def test_an_adapter_written_and_read_has_the_same_digest(adapter: Adapter, base: str | None) -> None:
     found = read_back(write_peft(adapter, PeftFacts(base)))

@@ -125,7 +125,7 @@ def test_converting_twice_keeps_the_first(tmp_path: Path) -> None:
     [
         ({"max_rank": 1}, MisfitAdapter, r"Set lora.max_rank to 2"),
         ({"modules": {"layers.0.q_proj": [6, 8]}}, MisfitAdapter, r"slots do not have: layers.0.v_proj"),
-        ({"modules": {"layers.0.q_proj": [6, 9], "layers.0.v_proj": [4, 9]}}, MisfitAdapter, "2 modules of another shape"),
+        ({"modules": {"layers.0.q_proj": [6, 9], "layers.0.v_proj": [4, 9]}}, MisfitAdapter, "2 modules of another"),
         ({"modules": {"layers.0.q_proj": [6]}}, Damaged, "was not written by a trainer"),
         ({"base_fingerprint": ...}, Damaged, "base_fingerprint"),
         ({"base_fingerprint": "cd" * 32}, MisfitAdapter, "trained on a base with fingerprint abab"),

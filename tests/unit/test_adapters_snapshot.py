@@ -12,7 +12,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from support import random_adapter
 
-from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft, write_peft
+from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec, fresh, prepare
 from graftwork.adapters.snapshot import RANK_FILE, STATE_FILE, Snapshot, read_snapshot, snapshot_of, write_snapshot
 from graftwork.errors import CannotResume
@@ -116,7 +116,7 @@ Q_A = "layers.0.q_proj.lora_A"
         (tensors(lambda t: t.pop(f"adapter.{Q_A}")), f"adapter.{Q_A} is missing"),
         (tensors(lambda t: t.pop(f"exp_avg_sq.{Q_A}")), f"exp_avg_sq.{Q_A} is missing"),
         (tensors(lambda t: t.update({"more": torch.zeros(1)})), "unknown tensor more"),
-        (tensors(lambda t: t.update({f"exp_avg.{Q_A}": torch.zeros(3, 8)})), r"float32\[3, 8\], expected torch.float32\[2"),
+        (tensors(lambda t: t.update({f"exp_avg.{Q_A}": torch.zeros(3, 8)})), r"float32\[3, 8\], expected torch"),
         (tensors(lambda t: t.update({f"adapter.{Q_A}": torch.zeros(2, 8).half()})), "float16"),
         (tensors(lambda t: t[f"adapter.{Q_A}"].add_(1)), "hold different adapters"),
         (edited(RANK_FILE, lambda data: data[:50]), "cannot be used"),
@@ -131,12 +131,3 @@ def test_parts_that_disagree_are_refused_by_name(
 ) -> None:
     with pytest.raises(CannotResume, match=says):
         read_snapshot(saved(tmp_path, later(start()), spoil))
-
-
-def test_a_source_of_smaller_dtype_is_saved_as_fp32(tmp_path: Path) -> None:
-    files = write_peft(random_adapter(SHAPES, 2), PeftFacts())
-    (tmp_path / "adapter").mkdir()
-    for name, data in files.items():
-        (tmp_path / "adapter" / name).write_bytes(data)
-    found = read_snapshot(saved(tmp_path, snapshot_of(prepare(read_peft(tmp_path / "adapter"), SPEC, None, None), None)))
-    assert found.adapter.dtypes() == ["float32"] and found.moments is None

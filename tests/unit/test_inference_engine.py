@@ -157,6 +157,13 @@ def test_the_same_request_on_an_idle_engine_is_bit_equal(
     fresh.close()
 
 
+def test_the_slot_that_an_adapter_happens_to_get_changes_no_bit(engine: Engine, folders: dict[str, Path]) -> None:
+    """A resumed run loads its version into another slot than the run that was never stopped."""
+    engine.load("second twice", folders["second"])
+    assert_same(ask(engine, "second twice"), ask(engine, "second"))
+    engine.unload("second twice")
+
+
 def test_without_a_seed_every_answer_is_new(engine: Engine) -> None:
     one, other = (ask(engine, seed=None) for _ in range(2))
     assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(one.choices, other.choices, strict=True))
