@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo demo-smollm2 test test-all check proof-main clean
 
 help:
-	@echo "make demo          SFT -> RL -> checkpoint -> resume on a tiny model, about 5 minutes (DEMO_ARGS='--seed 1')"
+	@echo "make demo          SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
 	@echo "make demo-smollm2  the same commands on SmolLM2-135M-Instruct, about 40 minutes"
 	@echo "make test          all tests but the slow ones"
 	@echo "make test-all      the slow ones too"

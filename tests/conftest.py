@@ -38,5 +38,5 @@ def tiny_model_config(tiny_path: Path) -> ModelConfig:
 @pytest.fixture(scope="session")
 def tiny(tiny_model_config: ModelConfig) -> BaseModel:
     """The tiny base with slots of rank 4 at most. Banks are made by each test, so nothing leaks between them."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return load_base(tiny_model_config, LoraConfig(max_rank=4))

@@ -101,7 +101,8 @@ class Program:
         if code is None:
             return "still runs"
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
+            hint = " (by a person, or by the system for want of memory)" if -code == signal.SIGKILL else ""
+            return f"was killed by {signal.Signals(-code).name}{hint}"
         return f"ended with exit code {code}"
 
     def last_words(self) -> list[str]:
@@ -140,7 +141,7 @@ def open_log(path: Path, title: str) -> tuple[int, int]:
 
 @dataclass
 class Programs:
-    """The children of one `graftwork rl`. Leaving the `with` ends those that still run, newest first."""
+    """The children of one `graftwork rl`. Leaving the `with` ends them: orchestrator, trainer, inference."""
 
     logs: Path
     command: Sequence[str]

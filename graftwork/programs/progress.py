@@ -95,7 +95,7 @@ class ProgressView:
         """One line about what is going on; the same line twice in a row is shown once."""
         if message != self.said:
             self.said = message
-            (self.bar.console if self.bar else self.console).print(message, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, step: int) -> None:
         """The run starts (or goes on) from `step`: the clock of the first step runs from here."""

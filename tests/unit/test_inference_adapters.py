@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,11 +142,12 @@ def test_a_slot_that_is_used_again_holds_nothing_of_the_last_adapter(
 
 def test_unloading_waits_for_requests_under_way(engine: Engine, adapter: Adapter, tmp_path: Path) -> None:
     engine.load("one", save(tmp_path / "a", adapter))
-    running = engine.submit(GenerationRequest("one", [[3, 4]] * 4, n=8, max_tokens=100, seed=0))
+    running = engine.submit(GenerationRequest("one", [[3, 4]], n=8, max_tokens=100, seed=0))
     unloading = threading.Thread(target=engine.unload, args=["one"])
     unloading.start()
     while len(engine.models()) > 1:
-        pass
+        time.sleep(0.001)
+    assert not running.done()
     with pytest.raises(UnknownModel):
         ask(engine, "one")
     result = running.result(timeout=60)
