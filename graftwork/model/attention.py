@@ -67,9 +67,13 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: q [1, Hq, T, D], k and v [1, Hkv, T, D] -> ([1, T, Hq, D], no weights)."""
     if plan is None:
-        raise ModelError(f"{type(module).__name__} did not pass the attention plan down; this architecture cannot be used")
+        raise ModelError(
+            f"{type(module).__name__} did not pass the attention plan down; this architecture cannot be used"
+        )
     if attention_mask is not None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ModelError(f"{type(module).__name__} uses an attention mask, soft cap or sink; only plain causal attention works")
+        raise ModelError(
+            f"{type(module).__name__} uses an attention mask, soft cap or sink; only plain causal attention works"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return plan.attend(module.layer_idx, query[0], key[0], value[0], scale)[None], None  # type: ignore[arg-type]
 

@@ -165,7 +165,9 @@ def _refuse_unusual(model: PreTrainedModel, path: str) -> None:
         raise ModelError(f"{path}: layers with a sliding attention window are not supported")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ModelError(f"{path}: config.{name} = {getattr(config, name)} changes the head, which is not supported")
+            raise ModelError(
+                f"{path}: config.{name} = {getattr(config, name)} changes the head, which is not supported"
+            )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError(f"{path}: its head is {type(head).__name__}, expected a linear layer without bias")
@@ -183,8 +185,12 @@ def _inject(model: PreTrainedModel, targets: Sequence[str], routing: Routing) ->
         shapes[path] = (module.out_features, module.in_features)
         found.add(name)
     if missing := sorted(set(targets) - found):
-        linear = sorted({p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear | SlotLinear)})
-        raise ModelError(f"{type(model).__name__} has no linear layer named {', '.join(missing)}; it has {', '.join(linear)}")
+        linear = sorted(
+            {p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear | SlotLinear)}
+        )
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer named {', '.join(missing)}; it has {', '.join(linear)}"
+        )
     return shapes
 
 

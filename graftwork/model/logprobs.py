@@ -3,7 +3,9 @@
     logp_i = z_i[target_i] - logsumexp(z_i),   z_i = (h_i W^T) / temperature, in fp32
 
 Only positions that carry loss come in here. The backward pass computes each chunk's logits again instead of keeping
-them; the head is frozen, so the only gradient is that of h:  dh_i = g_i * (onehot(target_i) - softmax(z_i)) W / temperature.
+them; the head is frozen, so the only gradient is that of h:
+
+    dh_i = g_i * (onehot(target_i) - softmax(z_i)) W / temperature
 """
 
 from __future__ import annotations

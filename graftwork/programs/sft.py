@@ -76,10 +76,12 @@ def start(disk: Disk, config: SftConfig, base: BaseModel) -> Learner:
     disk.sweep(checkpoints)
     steps = stable_steps(checkpoints)
     if steps and steps[-1] > 0 and not config.resume:
-        raise ConfigError(f"{checkpoints} goes up to step {steps[-1]}: --resume goes on from there, or choose another output_dir")
+        raise ConfigError(
+            f"{checkpoints} goes up to step {steps[-1]}: --resume goes on from there, or choose another output_dir"
+        )
     if not steps and not config.resume:
         source = read_peft(Path(config.init_adapter_path)) if config.init_adapter_path else None
-        facts = PeftFacts(base_model=config.model.path)
+        facts = PeftFacts(config.model.path, base.fingerprint)
         make_step_0(disk, checkpoints, base, source, config.adapter, config.seed, facts)
     _, snapshot = open_start(checkpoints, None, base, config.adapter, needs_reference=False)
     learner_config = LearnerConfig(
@@ -96,7 +98,7 @@ def save(disk: Disk, output: Path, learner: Learner, config: SftConfig) -> None:
     """Publish the checkpoint of the step that the learner is at."""
 
     def fill(staging: Staging) -> None:
-        write_snapshot(staging, learner.snapshot(None), PeftFacts(base_model=config.model.path))
+        write_snapshot(staging, learner.snapshot(None), PeftFacts(config.model.path, learner.state.base_fingerprint))
 
     save_checkpoint(disk, output / "checkpoints", learner.state.step, fill)
 
@@ -107,7 +109,7 @@ def export(disk: Disk, target: Path, learner: Learner, config: SftConfig) -> Non
         disk.quarantine(target, target.parent / ".trash")
     adapter = learner.adapter()
     with disk.publish_dir(target, "adapter", {"digest": adapter.digest(), "step": learner.state.step}) as staging:
-        for name, data in write_peft(adapter, PeftFacts(base_model=config.model.path)).items():
+        for name, data in write_peft(adapter, PeftFacts(config.model.path, learner.state.base_fingerprint)).items():
             staging.write(name, data)
 
 
@@ -115,7 +117,9 @@ def _refuse_long(examples: Sequence[Example], config: SftConfig, base: BaseModel
     longest = max(len(example.token_ids) for example in examples)
     most = min(config.tokens_per_micro_batch, base.max_positions)
     if longest > most:
-        raise ConfigError(f"a conversation has {longest} tokens, at most {most} fit (tokens_per_micro_batch, positions)")
+        raise ConfigError(
+            f"a conversation has {longest} tokens, at most {most} fit (tokens_per_micro_batch, positions)"
+        )
 
 
 def _say(row: dict[str, Any], last: int) -> None:

@@ -5,7 +5,7 @@ A batch is one folder, `rollouts/step_k/`, consumed by step k:
     batch.safetensors    ragged arrays: rollout i owns entries offsets[i]:offsets[i+1] of the token arrays
         token_ids        [T] int32     prompts and answers, as sampled; never re-tokenised
         loss_mask        [T] uint8     1 on tokens that the model sampled
-        logprobs         [T] float32   sampler's log-prob of the token under the distribution it was drawn from; 0 elsewhere
+        logprobs         [T] float32   sampler's, of the distribution that the token was drawn from; 0 elsewhere
         version_index    [T] int32     index into batch.json's versions; -1 where loss_mask is 0
         offsets          [N+1] int64
         rewards, advantages            [N] float32
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,12 +160,14 @@ def _split(columns: dict[str, NDArray[Any]], versions: int, folder: Path) -> tup
         if column.shape != (length,) or column.dtype != dtype:
             raise BadBatch(f"{folder}: {name} is {column.dtype}{list(column.shape)}, expected {dtype}[{length}]")
     if len(offsets) < 2 or offsets[0] != 0 or (np.diff(offsets) <= 0).any():
-        raise BadBatch(f"{folder}: offsets do not grow from 0; a batch has at least one rollout, each at least one token")
+        raise BadBatch(
+            f"{folder}: offsets do not grow from 0; a batch has at least one rollout, each at least one token"
+        )
     mask = columns["loss_mask"].astype(bool)
     index = columns["version_index"]
     if (index[mask] < 0).any() or (index >= versions).any():
         raise BadBatch(f"{folder}: a sampled token names a version that batch.json does not list")
-    spans = [slice(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    spans = [slice(int(a), int(b)) for a, b in pairwise(offsets)]
     return tuple(
         Rollout(
             prompt_index=int(columns["prompt_index"][i]),
@@ -190,13 +193,15 @@ class Published:
 
 
 def read_version(tree: RunTree, step: int) -> Published | None:
-    """The published version of `step`, or None while there is none. Raises Damaged. Bytes are checked by who loads them."""
+    """The published version of `step`, or None while there is none. Raises Damaged. Who loads the bytes checks them."""
     folder = tree.broadcast(step)
     if not is_stable(folder):
         return None
     manifest = Manifest.read(folder)
     try:
-        version = Version(RunId.parse(manifest.facts["run"]), int(manifest.facts["step"]), str(manifest.facts["digest"]))
+        version = Version(
+            RunId.parse(manifest.facts["run"]), int(manifest.facts["step"]), str(manifest.facts["digest"])
+        )
     except (KeyError, TypeError, ValueError, BadRunId) as error:
         raise Damaged(f"{folder / 'STABLE'} names no version ({type(error).__name__}: {error})") from None
     if (version.run, version.step) != (tree.id, step):

@@ -64,7 +64,9 @@ def _example(batch: Batch, index: int, rollout: Rollout, limits: BatchLimits) ->
     if not np.isfinite(logprobs).all() or (logprobs > LOGPROB_SLACK).any():
         raise _bad(batch, f"rollout {index} has a log-prob that is not finite or above 0")
     if not np.isfinite([rollout.advantage, rollout.reward]).all():
-        raise _bad(batch, f"rollout {index}: advantage {rollout.advantage}, reward {rollout.reward}; both must be finite")
+        raise _bad(
+            batch, f"rollout {index}: advantage {rollout.advantage}, reward {rollout.reward}; both must be finite"
+        )
     return Example(rollout.token_ids, mask, rollout.logprobs, rollout.advantage)
 
 

@@ -75,7 +75,7 @@ class Banks:
 
 
 class Learner:
-    """The run that holds `slot`. All its state is in the slot, the optimizer and `state`; `snapshot` returns all of it."""
+    """The run that holds `slot`. Its state is in the slot, the optimizer and `state`; `snapshot` returns all of it."""
 
     def __init__(self, banks: Banks, slot: int, config: LearnerConfig, snapshot: Snapshot) -> None:
         self.banks, self.slot, self.config = banks, slot, config

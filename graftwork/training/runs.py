@@ -21,7 +21,7 @@ from graftwork.store.status import TERMINAL, Status, read_status
 
 @dataclass(frozen=True)
 class SeenRun:
-    """One run folder. config is None while orch.toml is absent or unreadable: wait. config_error: it is readable and wrong."""
+    """One run folder. orch_digest None: orch.toml is absent or unreadable, wait. config_error: readable and wrong."""
 
     tree: RunTree
     orch_digest: str | None
@@ -144,9 +144,7 @@ def reconcile(world: World, seats: Mapping[RunId, Seat], slots: int) -> list[Act
     return actions
 
 
-def _in_order(
-    waiting: Sequence[SeenRun], world: World, seats: Mapping[RunId, Seat]
-) -> list[tuple[int, SeenRun]]:
+def _in_order(waiting: Sequence[SeenRun], world: World, seats: Mapping[RunId, Seat]) -> list[tuple[int, SeenRun]]:
     """Waiting runs with their places in the order of arrival. Newcomers come after everyone who was ever seen; runs
     that held a slot when the trainer was restarted come before everyone who did not."""
     arrivals = [seen.status.arrival for seen in world.runs.values() if seen.status]

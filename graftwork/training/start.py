@@ -30,11 +30,22 @@ def make_step_0(
 
 def _first_adapter(base: BaseModel, source: PeftAdapter | None, wish: AdapterConfig, seed: int) -> PreparedInitAdapter:
     if source is not None:
-        return prepare(source, base.spec, wish.rank, wish.alpha)
+        return prepare_for(base, source, wish)
     rank = base.spec.max_rank if wish.rank is None else wish.rank
     if rank > base.spec.max_rank:
         raise MisfitAdapter(f"adapter.rank is {rank}, the slots have lora.max_rank {base.spec.max_rank}")
     return fresh(base.spec, rank, 2.0 * rank if wish.alpha is None else wish.alpha, seed)
+
+
+def prepare_for(base: BaseModel, source: PeftAdapter, wish: AdapterConfig) -> PreparedInitAdapter:
+    """A saved adapter, made ready for a slot of this base. Raises MisfitAdapter, also when it records another base."""
+    recorded = source.facts.base_fingerprint
+    if recorded not in (None, base.fingerprint):
+        raise MisfitAdapter(
+            f"the adapter was trained on another base: it records fingerprint {str(recorded)[:12]}, this one has "
+            f"{base.fingerprint[:12]}"
+        )
+    return prepare(source, base.spec, wish.rank, wish.alpha)
 
 
 def open_start(
@@ -58,5 +69,7 @@ def open_start(
             raise MisfitAdapter(f"adapter.{name} is {asked}, {where} has {found}; drop the setting, or convert again")
     prepare(PeftAdapter(snapshot.adapter, PeftFacts(), ()), base.spec, state.rank, state.alpha)
     if needs_reference and state.step > 0 and snapshot.reference is None:
-        raise CannotResume(f"{where} holds no reference adapter, which loss.kl_coefficient needs; it was trained without")
+        raise CannotResume(
+            f"{where} holds no reference adapter, which loss.kl_coefficient needs; it was trained without"
+        )
     return checkpoint, replace(snapshot, state=replace(state, base_fingerprint=base.fingerprint))

@@ -39,7 +39,7 @@ class Tenant:
     ) -> None:
         self.disk, self.tree, self.config, self.status, self.learner = disk, tree, config, status, learner
         self.max_tokens = max_tokens
-        self.facts = PeftFacts(base_model=config.model.path)
+        self.facts = PeftFacts(config.model.path, learner.state.base_fingerprint)
         self.orchestrator_state: dict[str, Any] | None = None
         self.known: dict[int, list[str]] = {int(k): list(v) for k, v in learner.state.known_digests.items()}
         self.work: Work | None = None

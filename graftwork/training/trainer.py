@@ -17,9 +17,8 @@ from pathlib import Path
 from threading import Event
 
 from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft
-from graftwork.adapters.prepare import prepare
 from graftwork.adapters.snapshot import Snapshot
-from graftwork.config.schema import RunConfig, TrainerConfig
+from graftwork.config.schema import AdapterConfig, RunConfig, TrainerConfig
 from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel
 from graftwork.store.checkpoint import Checkpoint
@@ -28,9 +27,19 @@ from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.status import TERMINAL, State, Status, write_status
 from graftwork.training.learner import Banks, Learner, LearnerConfig
 from graftwork.training.runs import (
-    Admit, Enqueue, Fail, FromCheckpoint, Release, Seat, SeenRun, Start, World, observe, reconcile,
-)  # fmt: skip
-from graftwork.training.start import make_step_0, open_start
+    Admit,
+    Enqueue,
+    Fail,
+    FromCheckpoint,
+    Release,
+    Seat,
+    SeenRun,
+    Start,
+    World,
+    observe,
+    reconcile,
+)
+from graftwork.training.start import make_step_0, open_start, prepare_for
 from graftwork.training.tenant import Tenant
 
 log = logging.getLogger(__name__)
@@ -68,7 +77,7 @@ class Trainer:
         """
         claim = self.disk.claim(self.outputs.trainer_lock, "a trainer")
         if self.door is not None:
-            self.banks.training.write(0, prepare(self.door, self.base.spec, None, None))
+            self.banks.training.write(0, prepare_for(self.base, self.door, AdapterConfig()))
         about = {
             "pid": os.getpid(),
             "base": self.config.model.path,
@@ -205,7 +214,7 @@ class Trainer:
         """The verified checkpoint that the run starts from; a run that has none gets its step_0 made first."""
         step = start.step if isinstance(start, FromCheckpoint) else 0
         if not isinstance(start, FromCheckpoint):
-            facts = PeftFacts(base_model=config.model.path)
+            facts = PeftFacts(config.model.path, self.base.fingerprint)
             make_step_0(self.disk, tree.checkpoints, self.base, self.door, config.adapter, config.seed, facts)
         needs_reference = config.loss.kl_coefficient > 0
         return open_start(tree.checkpoints, step, self.base, config.adapter, needs_reference=needs_reference)

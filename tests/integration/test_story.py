@@ -178,9 +178,7 @@ def test_sft_resumed_is_bit_equal_to_sft_without_a_stop(tmp_path: Path) -> None:
         update={"model": BASE, "batch_size": 8, "max_steps": 6, "checkpoint_interval_steps": 3}
     )
     for folder, steps, resume in (("whole", 6, False), ("parts", 3, False), ("parts", 6, True)):
-        sft.main(
-            config.model_copy(update={"output_dir": str(tmp_path / folder), "max_steps": steps, "resume": resume})
-        )
+        sft.main(config.model_copy(update={"output_dir": str(tmp_path / folder), "max_steps": steps, "resume": resume}))
     for name in ("checkpoints/step_6/trainer/rank_0.safetensors", "checkpoints/step_6/trainer/state.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     digests = [read_peft(tmp_path / folder / "adapter").adapter.digest() for folder in ("whole", "parts")]

@@ -14,8 +14,13 @@ from graftwork.adapters.convert import convert_adapter
 from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
 from graftwork.config.load import dump
 from graftwork.config.schema import (
-    AdapterConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, TrainerConfig,
-)  # fmt: skip
+    AdapterConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from graftwork.errors import Busy, MisfitAdapter
 from graftwork.model.base import BaseModel
 from graftwork.store.disk import Disk, read_lines, verify
@@ -296,8 +301,14 @@ def _set(index: int, value: float) -> Any:
         (spoil("loss_mask", _set(0, True)), "names a version that batch.json does not list"),
         (spoil("temperature", 0.5), "sampled at temperature 0.5, the run's is 1.0"),
         (spoil("versions", lambda b: (replace(b.versions[0], digest="f" * 64),)), "is not one of this run's"),
-        (spoil("versions", lambda b: (replace(b.versions[0], name="b@0-00000000", digest="0" * 64),)), "not one of this run's"),
-        (spoil("versions", lambda b: (replace(b.versions[0], name="a@2-00000000", digest="0" * 64),)), "never published"),
+        (
+            spoil("versions", lambda b: (replace(b.versions[0], name="b@0-00000000", digest="0" * 64),)),
+            "not one of this run's",
+        ),
+        (
+            spoil("versions", lambda b: (replace(b.versions[0], name="a@2-00000000", digest="0" * 64),)),
+            "never published",
+        ),
     ],
 )
 def test_a_bad_batch_ends_its_run_and_no_other(lab: Lab, change: Any, reason: str) -> None:

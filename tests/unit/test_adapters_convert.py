@@ -130,7 +130,7 @@ def test_converting_twice_keeps_the_first(tmp_path: Path) -> None:
         ({"base_fingerprint": ...}, Damaged, "base_fingerprint"),
         ({"base_fingerprint": "cd" * 32}, MisfitAdapter, "trained on a base with fingerprint abab"),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_leaves_nothing_behind(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
 ) -> None:

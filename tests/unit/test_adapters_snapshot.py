@@ -125,9 +125,7 @@ Q_A = "layers.0.q_proj.lora_A"
         (edited("weight/adapter_config.json", lambda data: data.replace(b'"r": 2', b'"r": 4')), "says r = 4"),
         (edited("reference/adapter_config.json", lambda data: dump_json({})), "peft_type is missing"),
     ],
-)  # fmt: skip
-def test_parts_that_disagree_are_refused_by_name(
-    tmp_path: Path, spoil: Callable[[Staging], None], says: str
-) -> None:
+)
+def test_parts_that_disagree_are_refused_by_name(tmp_path: Path, spoil: Callable[[Staging], None], says: str) -> None:
     with pytest.raises(CannotResume, match=says):
         read_snapshot(saved(tmp_path, later(start()), spoil))

@@ -112,9 +112,7 @@ def test_one_clear_message(
     assert "Traceback" not in error
 
 
-def test_errors_of_programs_and_interrupts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_of_programs_and_interrupts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ProgramFailed("the trainer was killed")
 

@@ -233,13 +233,23 @@ def test_the_model_length_bounds_every_request(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"prompts": []}, "prompt"), ({"prompts": [[3], []]}, "prompt"), ({"prompts": [[VOCAB]]}, "prompt"),
-        ({"prompts": [[-1]]}, "prompt"), ({"n": 0}, "n"), ({"n": 10**6}, "n"), ({"max_tokens": 0}, "max_tokens"),
-        ({"temperature": -0.5}, "temperature"), ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": 1e-9}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
-        ({"seed": 2**63}, "seed"), ({"stop": [""]}, "stop"), ({"stop": ["x"] * 17}, "stop"),
+        ({"prompts": []}, "prompt"),
+        ({"prompts": [[3], []]}, "prompt"),
+        ({"prompts": [[VOCAB]]}, "prompt"),
+        ({"prompts": [[-1]]}, "prompt"),
+        ({"n": 0}, "n"),
+        ({"n": 10**6}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -0.5}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-9}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_name_the_field_and_the_engine_goes_on(
     engine: Engine, changes: dict[str, object], field: str
 ) -> None:

@@ -189,11 +189,21 @@ def test_one_module_writes() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "open(path, 'w')", "open(path, mode)", "path.open('ab')", "path.open(mode='r+')", "path.write_text('x')",
-        "path.unlink()", "os.remove(path)", "shutil.rmtree(path)", "os.replace(a, b)", "torch.save(value, path)",
-        "figure.savefig(path)", "os.open(path, os.O_RDONLY | os.O_CREAT)", "os.open(path, flags)",
+        "open(path, 'w')",
+        "open(path, mode)",
+        "path.open('ab')",
+        "path.open(mode='r+')",
+        "path.write_text('x')",
+        "path.unlink()",
+        "os.remove(path)",
+        "shutil.rmtree(path)",
+        "os.replace(a, b)",
+        "torch.save(value, path)",
+        "figure.savefig(path)",
+        "os.open(path, os.O_RDONLY | os.O_CREAT)",
+        "os.open(path, flags)",
     ],
-)  # fmt: skip
+)
 def test_a_planted_write_is_seen(tmp_path: Path, line: str) -> None:
     (tmp_path / "room.py").write_text(f"def sneak():\n    {line}\n")
     assert [found.partition(" ")[0] for found in writes(tmp_path)] == ["room.py:2:"]

@@ -25,6 +25,8 @@ def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int) 
 
 def test_no_positions_is_no_error() -> None:
     hidden = torch.zeros(0, 8, requires_grad=True)
-    logprobs, _ = token_logprobs(hidden, torch.randn(20, 8), torch.zeros(0, dtype=torch.int64), temperature=1.0, chunk=4)
+    logprobs, _ = token_logprobs(
+        hidden, torch.randn(20, 8), torch.zeros(0, dtype=torch.int64), temperature=1.0, chunk=4
+    )
     logprobs.sum().backward()
     assert logprobs.shape == (0,)

@@ -64,7 +64,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_gone_afterwards(ba
 def test_restored_moments_go_on_bit_equal() -> None:
     def steps(optimizer: SlotOptimizer, first: int, last: int) -> None:
         for step in range(first, last + 1):
-            optimizer.gradient.copy_(torch.randn(optimizer.gradient.shape, generator=torch.Generator().manual_seed(step)))
+            optimizer.gradient.copy_(
+                torch.randn(optimizer.gradient.shape, generator=torch.Generator().manual_seed(step))
+            )
             optimizer.step()
 
     whole, halves = _bank(), _bank()

@@ -12,8 +12,14 @@ from graftwork.errors import BadBatch, BadRunId, Damaged
 from graftwork.store.disk import Disk
 from graftwork.store.layout import RunId, RunTree
 from graftwork.store.queue import (
-    Published, Version, parse_version_name, publish_batch, publish_version, read_batch, read_version,
-)  # fmt: skip
+    Published,
+    Version,
+    parse_version_name,
+    publish_batch,
+    publish_version,
+    read_batch,
+    read_version,
+)
 
 RUN = RunId("a")
 VERSION = Version(RUN, 4, "ab" * 32)
@@ -74,7 +80,7 @@ def test_a_token_of_no_listed_version_is_refused(tree: RunTree) -> None:
     batch = random_batch(RUN, 5, published(tree))
     wrong = replace(batch.rollouts[0], version_index=np.full_like(batch.rollouts[0].version_index, 3))
     publish_batch(Disk(), tree, replace(batch, rollouts=(wrong, *batch.rollouts[1:])))
-    with pytest.raises(BadBatch, match="names a version that batch.json does not list"):
+    with pytest.raises(BadBatch, match=r"names a version that batch\.json does not list"):
         read_batch(tree, 5)
 
 

@@ -11,13 +11,25 @@ from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.status import Status, read_status, write_status
 from graftwork.training.runs import (
-    Admit, Enqueue, Fail, FromCheckpoint, FromTrainer, Release, Seat, SeenRun, World, observe, reconcile,
-)  # fmt: skip
+    Admit,
+    Enqueue,
+    Fail,
+    FromCheckpoint,
+    FromTrainer,
+    Release,
+    Seat,
+    SeenRun,
+    World,
+    observe,
+    reconcile,
+)
 
 MODEL = ModelConfig(path="base")
 
 
-def seen(name: str, digest: str | None = "d", status: Status | None = None, steps: tuple[int, ...] = (), **settings: Any) -> SeenRun:
+def seen(
+    name: str, digest: str | None = "d", status: Status | None = None, steps: tuple[int, ...] = (), **settings: Any
+) -> SeenRun:
     config = None if digest is None else RunConfig(model=MODEL, **settings)
     return SeenRun(RunTree.at(Path(f"/x/run_{name}")), digest, config, None, steps, status)
 

@@ -37,7 +37,7 @@ KITCHEN_SINK = """
 {%- if add_generation_prompt %} go{% endif %}
 """
 TALK = [
-    {"role": "system", "content": "Be <kind> & \"brief\"."},
+    {"role": "system", "content": 'Be <kind> & "brief".'},
     {"role": "user", "content": "  hé llo\n"},
     {"role": "assistant", "content": "olleh "},
     {"role": "user", "content": "x" * 20},

@@ -1,8 +1,8 @@
 """safetensors files: a reader that trusts nothing in them, and a writer whose bytes depend on the tensors alone.
 
-    8 bytes     length n of the header, little-endian
-    n bytes     JSON: name -> {dtype, shape, data_offsets}; `__metadata__`: text -> text
-    the rest    the tensors' bytes, one after the other, without gaps
+8 bytes     length n of the header, little-endian
+n bytes     JSON: name -> {dtype, shape, data_offsets}; `__metadata__`: text -> text
+the rest    the tensors' bytes, one after the other, without gaps
 """
 
 from __future__ import annotations
