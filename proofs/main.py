@@ -12,12 +12,14 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from graftwork.store.disk import Disk, read_json, read_lines
 from graftwork.store.layout import RunTree
 from graftwork.store.queue import read_version
-from proofs.killing import MOMENTS, Moment, draw_kills, start_rl, strike
+from proofs.killing import MOMENTS, Kill, Moment, draw_kills, start_rl, strike
 from proofs.report import Proof, run_proof
 
 EXAMPLE = Path("examples/reverse_text")
@@ -40,26 +42,22 @@ def prove(proof: Proof, options: argparse.Namespace) -> None:
     if folder.exists():
         Disk().quarantine(folder, folder.parent / ".trash")
     folder.mkdir(parents=True)
-    adapter = make_adapter(folder)
-    whole = complete(folder / "whole", adapter, options.steps)
+    flags = ("--run.init_adapter_path", str(make_adapter(folder)), "--run.checkpoint_interval_steps", "5")
+    whole = Job(folder / "whole", options.steps, flags).complete()
     print(f"without a stop: {options.steps} steps", flush=True)
     seen: Counter[Moment] = Counter()
-    equal = once = kills = 0
+    equal = once = 0
     rng = random.Random(options.seed)
     for repetition in range(options.repetitions):
-        root = folder / f"killed_{repetition}"
-        moments = killed(root, adapter, options.steps, rng, MOMENTS[repetition % len(MOMENTS)])
-        tree = RunTree.at(root / RUN)
-        differences, doubles = compare(tree, whole, options.steps), consumed_wrongly(tree, whole, options.steps)
-        print(
-            f"repetition {repetition}: killed in {', '.join(moments)}: {differences or 'equal'}",
-            flush=True,
-        )
-        proof.check(not differences, f"repetition {repetition}: {'; '.join(differences)}")
-        proof.check(not doubles, f"repetition {repetition}: {doubles}")
+        job = Job(folder / f"killed_{repetition}", options.steps, flags)
+        moments = job.killed(draw_kills(rng, options.steps, MOMENTS[repetition % len(MOMENTS)]))
+        wrong = [*compare(job.tree, whole, options.steps), *consumed_wrongly(job.tree, whole, options.steps)]
+        print(f"repetition {repetition}: killed in {', '.join(moments)}: {wrong or 'equal'}", flush=True)
+        proof.check(not wrong, f"repetition {repetition}: {'; '.join(wrong)}")
         seen.update(moments)
-        equal, once, kills = equal + (not differences), once + (not doubles), kills + len(moments)
-    proof.figures.update({"seed": options.seed, "steps": options.steps, "kills": kills, "kills_by_moment": dict(seen)})
+        equal += not compare(job.tree, whole, options.steps)
+        once += not consumed_wrongly(job.tree, whole, options.steps)
+    proof.figures.update(seed=options.seed, steps=options.steps, kills=seen.total(), kills_by_moment=dict(seen))
     proof.count("repetitions byte-equal", options.repetitions, equal)
     proof.count("repetitions that consumed each batch once", options.repetitions, once)
     for moment in MOMENTS:
@@ -68,42 +66,47 @@ def prove(proof: Proof, options: argparse.Namespace) -> None:
 
 def make_adapter(folder: Path) -> Path:
     """A short SFT; its adapter is what every run starts from."""
-    run(
-        "sft",
-        str(EXAMPLE / "sft.toml"),
-        "--output_dir",
-        str(folder / "sft"),
-        "--max-steps",
-        "40",
-        log=folder / "sft.log",
-    )
+    flags = ["--output_dir", str(folder / "sft"), "--max-steps", "40"]
+    run("sft", str(EXAMPLE / "sft.toml"), *flags, log=folder / "sft.log")
     return folder / "sft" / "adapter"
 
 
-def flags(root: Path, adapter: Path, steps: int) -> list[str]:
-    return ["--output_dir", str(root), "--run.init_adapter_path", str(adapter), "--max-steps", str(steps),
-            "--run.checkpoint_interval_steps", "5"]  # fmt: skip
+@dataclass(frozen=True)
+class Job:
+    """One run in an output tree of its own; `flags` go to every `graftwork rl`."""
 
+    root: Path
+    steps: int
+    flags: tuple[str, ...]
 
-def complete(root: Path, adapter: Path, steps: int, resume: bool = False) -> RunTree:
-    """Run to the end."""
-    more = ["--resume"] if resume else []
-    run("rl", str(EXAMPLE / "rl.toml"), *flags(root, adapter, steps), *more, log=root.parent / f"{root.name}.log")
-    return RunTree.at(root / RUN)
+    @property
+    def tree(self) -> RunTree:
+        return RunTree.at(self.root / RUN)
 
+    @property
+    def log(self) -> Path:
+        return self.root.parent / f"{self.root.name}.log"
 
-def killed(root: Path, adapter: Path, steps: int, rng: random.Random, first: Moment) -> list[Moment]:
-    """Run to the end through kills; the moments that were hit."""
-    tree, hit = RunTree.at(root / RUN), []
-    log = root.parent / f"{root.name}.log"
-    for number, kill in enumerate(draw_kills(rng, steps, first)):
-        more = ["--resume"] if number else []
-        moment = strike(start_rl(EXAMPLE / "rl.toml", [*flags(root, adapter, steps), *more], log), tree, kill)
-        if moment is None:
-            break
-        hit.append(moment)
-    complete(root, adapter, steps, resume=True)
-    return hit
+    @property
+    def command(self) -> list[str]:
+        return ["--output_dir", str(self.root), "--max-steps", str(self.steps), *self.flags]
+
+    def complete(self, *, resume: bool = False) -> RunTree:
+        """Run to the end."""
+        run("rl", str(EXAMPLE / "rl.toml"), *self.command, *(["--resume"] if resume else []), log=self.log)
+        return self.tree
+
+    def killed(self, kills: Sequence[Kill]) -> list[Moment]:
+        """Run to the end through kills; the moments that were hit."""
+        hit = []
+        for number, kill in enumerate(kills):
+            flags = [*self.command, *(["--resume"] if number else [])]
+            moment = strike(start_rl(EXAMPLE / "rl.toml", flags, self.log), self.tree, kill)
+            if moment is None:
+                break
+            hit.append(moment)
+        self.complete(resume=True)
+        return hit
 
 
 def compare(tree: RunTree, whole: RunTree, steps: int) -> list[str]:
@@ -121,13 +124,13 @@ def compare(tree: RunTree, whole: RunTree, steps: int) -> list[str]:
     return differences
 
 
-def consumed_wrongly(tree: RunTree, whole: RunTree, steps: int) -> str:
+def consumed_wrongly(tree: RunTree, whole: RunTree, steps: int) -> list[str]:
     """Empty if the steps are 1 to `steps`, each once, and the chain over their batches is the same."""
     rows = read_lines(tree.metrics_jsonl)
     if [row["step"] for row in rows] != list(range(1, steps + 1)):
-        return f"metrics.jsonl holds steps {[row['step'] for row in rows]}"
+        return [f"metrics.jsonl holds steps {[row['step'] for row in rows]}"]
     cursors = [read_json(t.checkpoint(steps) / "trainer" / "state.json", "state")["cursor"] for t in (tree, whole)]
-    return "" if cursors[0] == cursors[1] else "the chain of consumed batches differs"
+    return [] if cursors[0] == cursors[1] else ["the chain of consumed batches differs"]
 
 
 def run(*arguments: str, log: Path) -> None:
