@@ -18,7 +18,7 @@ from graftwork.adapters.snapshot import snapshot_of, write_snapshot
 from graftwork.errors import Conflict, Damaged, MisfitAdapter, StoreError
 from graftwork.store.checkpoint import CHECKPOINT
 from graftwork.store.disk import Disk, read_json
-from graftwork.store.layout import step_folder
+from graftwork.store.layout import RUN_PREFIX, RunId, step_folder
 
 REPORT_NAME = "report.json"
 
@@ -73,8 +73,8 @@ def convert_adapter(disk: Disk, source: Path, run_dir: Path, *, trainer_json: Pa
 
     trainer_json: where it exists, the adapter must fit the slots that it describes; without it, the adapter is taken as
     it is, and the trainer checks it at admission.
-    Raises AdapterError when the adapter cannot be used, Conflict when the run has a checkpoint already, StoreError when
-    the folder cannot be written. Whatever is raised, nothing is left behind.
+    Raises AdapterError when the adapter cannot be used, Conflict when the run has a checkpoint already, BadRunId when
+    the folder is called run_<what is no id>, StoreError when it cannot be written. Whatever is raised, nothing is left behind.
     """
     checkpoints = run_dir / "checkpoints"
     _refuse_second_start(run_dir, checkpoints)
@@ -96,7 +96,9 @@ def convert_adapter(disk: Disk, source: Path, run_dir: Path, *, trainer_json: Pa
 
 
 def _refuse_second_start(run_dir: Path, checkpoints: Path) -> None:
-    """A run starts once. Raises Conflict."""
+    """A run starts once, under a name that a trainer will take. Raises Conflict, BadRunId."""
+    if run_dir.name.startswith(RUN_PREFIX):
+        RunId.of_folder(run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise Conflict(f"{run_dir} is a file; a run is a folder. Choose another name")
     there = sorted(path.name for path in checkpoints.glob("step_*")) if checkpoints.is_dir() else []

@@ -14,7 +14,7 @@ from graftwork.adapters.canonical import Adapter, LoraPair
 from graftwork.adapters.convert import convert_adapter
 from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
 from graftwork.adapters.snapshot import read_snapshot
-from graftwork.errors import Conflict, Damaged, MisfitAdapter, StoreError, UnreadableAdapter
+from graftwork.errors import BadRunId, Conflict, Damaged, MisfitAdapter, StoreError, UnreadableAdapter
 from graftwork.store.checkpoint import Cursor, open_checkpoint
 from graftwork.store.disk import Disk, read_json
 
@@ -176,4 +176,12 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, fails_at: int, existi
     before = everything(tmp_path)
     with pytest.raises(StoreError, match="No space left"):
         convert_adapter(FullDisk(fails_at), source, tmp_path / "run_x", trainer_json=None)
+    assert everything(tmp_path) == before
+
+
+def test_a_run_folder_that_no_trainer_would_take_is_refused(tmp_path: Path) -> None:
+    source = adapter_folder(tmp_path)
+    before = everything(tmp_path)
+    with pytest.raises(BadRunId, match="is not a run id"):
+        convert_adapter(Disk(), source, tmp_path / "run_Bad.Name", trainer_json=None)
     assert everything(tmp_path) == before
