@@ -74,7 +74,7 @@ def convert_adapter(disk: Disk, source: Path, run_dir: Path, *, trainer_json: Pa
     trainer_json: where it exists, the adapter must fit the slots that it describes; without it, the adapter is taken as
     it is, and the trainer checks it at admission.
     Raises AdapterError when the adapter cannot be used, Conflict when the run has a checkpoint already, BadRunId when
-    the folder is called run_<what is no id>, StoreError when it cannot be written. Whatever is raised, nothing is left behind.
+    the folder is called run_<what is no id>, StoreError when it cannot be written. Then nothing is left behind.
     """
     checkpoints = run_dir / "checkpoints"
     _refuse_second_start(run_dir, checkpoints)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from graftwork.errors import CannotResume, Damaged
 from graftwork.store.disk import Disk, Manifest, Staging, is_stable, read_json, verify
 from graftwork.store.layout import stable_steps, step_folder
@@ -39,6 +41,8 @@ class Cursor:
 class TrainerState:
     """`trainer/state.json`."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # read with pydantic: types and names are checked
+
     step: int
     optimizer_steps: int
     """Steps that AdamW took: `step` less those that were skipped."""
@@ -57,10 +61,13 @@ class TrainerState:
 
     @staticmethod
     def from_json(value: Any, source: Path) -> TrainerState:
+        """Raises Damaged, naming the first field that is missing, unknown or of another type."""
         try:
-            return TrainerState(**{**value, "cursor": Cursor(**value["cursor"])})
-        except (TypeError, KeyError) as error:
-            raise Damaged(f"{source} is not a trainer state ({error})") from None
+            return TypeAdapter(TrainerState).validate_python(value)
+        except ValidationError as error:
+            mistake = error.errors()[0]
+            where = ".".join(map(str, mistake["loc"]))
+            raise Damaged(f"{source} is not a trainer state ({where}: {mistake['msg']})") from None
 
 
 @dataclass(frozen=True)

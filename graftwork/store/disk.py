@@ -101,7 +101,7 @@ class Manifest:
                 raise Damaged(f"{path}: format {raw['format']!r}, this version of Graftwork reads {MANIFEST_FORMAT}")
             files = {str(n): FileFacts(int(f["bytes"]), str(f["sha256"])) for n, f in raw["files"].items()}
             return Manifest(str(raw["kind"]), dict(raw["facts"]), files)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise Damaged(f"{path} is not a manifest of ours ({type(error).__name__}: {error})") from None
 
 
@@ -258,9 +258,9 @@ class Disk:
         self.append(path, line.encode() + b"\n")
 
     def cut_log(self, path: Path, last_step: int) -> None:
-        """Drop the lines of a `.jsonl` log whose `step` lies after `last_step`, and a torn last line."""
+        """Drop the lines of a `.jsonl` log whose `step` is missing or after `last_step`, and a torn last line."""
         if path.exists():
-            rows = [row for row in read_lines(path) if row.get("step", 0) <= last_step]
+            rows = [row for row in read_lines(path) if isinstance(row.get("step"), int) and row["step"] <= last_step]
             self.publish_file(path, "".join(json_line(row) + "\n" for row in rows).encode())
 
     def quarantine(self, path: Path, trash: Path) -> Path:
@@ -307,7 +307,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows

@@ -135,14 +135,16 @@ def read_batch(tree: RunTree, step: int) -> tuple[Batch, str] | None:
         about = read_json(folder / "batch.json", "batch")
         columns = load_safetensors((folder / "batch.safetensors").read_bytes())
         state = read_json(folder / "orchestrator.json", "batch")
-        versions = tuple(SampledVersion(v["name"], v["digest"], v["digest_source"]) for v in about["versions"])
+        versions = tuple(
+            SampledVersion(str(v["name"]), str(v["digest"]), v["digest_source"]) for v in about["versions"]
+        )
         if (about["run"], about["step"]) != (str(tree.id), step):
             raise BadBatch(f"{folder} is batch {about['step']} of run {about['run']}, expected {step} of {tree.id}")
         rollouts = _split(columns, len(versions), folder)
         return Batch(tree.id, step, float(about["temperature"]), versions, rollouts, dict(state)), manifest.sha256
     except Damaged as error:
         raise BadBatch(f"run {tree.id}: batch {step} is damaged: {error}") from None
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, OSError, SafetensorError) as error:
         raise BadBatch(f"run {tree.id}: {folder} is not a batch ({type(error).__name__}: {error})") from None
 
 

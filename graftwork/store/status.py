@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from graftwork.errors import Damaged
-from graftwork.store.disk import Disk, read_json
+from graftwork.store.disk import Disk
 from graftwork.store.layout import RunTree
 
 State = Literal["queued", "active", "finished", "failed", "evicted", "stopped"]
@@ -18,6 +20,8 @@ class Status:
     """orch_digest: sha256 of the orch.toml that it is about. arrival: place in the order of arrival, kept by restarts.
     admitted: the run held a slot under this orch.toml, so a restarted trainer goes on with it unasked.
     start_step: the step at which this admission began. wanted_batch: the step whose batch the trainer waits for."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # read with pydantic: types and names are checked
 
     run: str
     state: State
@@ -37,12 +41,12 @@ def read_status(tree: RunTree) -> Status | None:
     if not path.exists():
         return None
     try:
-        status = Status(**read_json(path, "status"))
-    except TypeError as error:
-        raise Damaged(f"{path} is not a status of ours ({error})") from None
-    if status.state not in get_args(State):
-        raise Damaged(f"{path}: unknown state {status.state!r}")
-    return status
+        return TypeAdapter(Status).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        raise Damaged(
+            f"{path} is not a status of ours ({'.'.join(map(str, mistake['loc']))}: {mistake['msg']})"
+        ) from None
 
 
 def write_status(disk: Disk, tree: RunTree, status: Status) -> None:

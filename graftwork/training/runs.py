@@ -109,10 +109,18 @@ def observe(outputs: OutputTree, seated: Mapping[RunId, Seat]) -> World:
 
 
 def _look(tree: RunTree, seat: Seat | None) -> SeenRun:
+    """What one folder says. Unreadable, half-written or vanishing under our eyes: look again in the next pass."""
     try:
-        data = tree.orch_toml.read_bytes()
+        return _read(tree, seat)
+    except (OSError, UnicodeDecodeError):
+        return SeenRun(tree, None, None, None, (), None)
+
+
+def _read(tree: RunTree, seat: Seat | None) -> SeenRun:
+    data = tree.orch_toml.read_bytes()
+    try:
         values = parse_toml(data.decode(), str(tree.orch_toml))
-    except (OSError, UnicodeDecodeError, ConfigError):
+    except ConfigError:
         return SeenRun(tree, None, None, None, (), None)
     orch_digest = digest(data)
     if seat is not None and seat.orch_digest == orch_digest:

@@ -68,6 +68,8 @@ def open_start(
         if asked is not None and asked != found:
             raise MisfitAdapter(f"adapter.{name} is {asked}, {where} has {found}; drop the setting, or convert again")
     prepare(PeftAdapter(snapshot.adapter, PeftFacts(), ()), base.spec, state.rank, state.alpha)
+    if snapshot.reference is not None:
+        prepare(PeftAdapter(snapshot.reference, PeftFacts(), ()), base.spec, state.rank, state.alpha)
     if needs_reference and state.step > 0 and snapshot.reference is None:
         raise CannotResume(
             f"{where} holds no reference adapter, which loss.kl_coefficient needs; it was trained without"

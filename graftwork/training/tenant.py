@@ -9,7 +9,7 @@ from typing import Any
 from graftwork.adapters.formats.peft import PeftFacts, write_peft
 from graftwork.adapters.snapshot import write_snapshot
 from graftwork.config.schema import RunConfig
-from graftwork.errors import StaleBatch
+from graftwork.errors import RunError, StaleBatch
 from graftwork.store.checkpoint import Checkpoint, save_checkpoint
 from graftwork.store.disk import Disk, Staging, json_line
 from graftwork.store.layout import RunTree
@@ -139,7 +139,13 @@ class Tenant:
             self.checkpoint()
         self.say("active")
 
+    def _must_be_there(self) -> None:
+        """A folder that somebody removed must not come back because we write into it."""
+        if not self.tree.root.is_dir():
+            raise RunError(f"run {self.tree.id}: its folder {self.tree.root} is gone; the slot is given back")
+
     def _publish(self, *, skipped: bool) -> Version:
+        self._must_be_there()
         adapter, state = self.learner.adapter(), self.learner.state
         version = Version(self.tree.id, state.step, adapter.digest())
         files = write_peft(adapter, self.facts)
@@ -163,6 +169,7 @@ class Tenant:
         def fill(staging: Staging) -> None:
             write_snapshot(staging, self.learner.snapshot(self.orchestrator_state), self.facts)
 
+        self._must_be_there()
         save_checkpoint(self.disk, self.tree.checkpoints, self.step, fill)
 
     def _metrics(self, work: Work, outcome: StepOutcome, sums: Sums, version: Version, now: float) -> dict[str, Any]:

@@ -65,18 +65,22 @@ def spoil(adapter: Path, change: str) -> None:
     ("change", "says"),
     [
         ("nan", r"lora_[AB]\.weight.*(nan|NaN)"),
-        ("shape", r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"),
         ("cut", r"adapter_model\.safetensors"),
         ("half", r"adapter_model\.safetensors is missing"),
     ],
 )
-def test_a_bad_adapter_stops_rl_by_name_and_leaves_no_checkpoint(
+def test_a_bad_adapter_is_refused_by_name_and_leaves_nothing(
     adapter: Path, tmp_path: Path, change: str, says: str
 ) -> None:
     spoil(adapter, change)
+    assert re.search(says, refused("convert", str(adapter), str(tmp_path / "out" / RUN)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_shape_stops_rl_by_name_and_leaves_no_checkpoint(adapter: Path, tmp_path: Path) -> None:
+    spoil(adapter, "shape")
     flags = ["--output_dir", str(tmp_path / "out"), "--run.init_adapter_path", str(adapter), *SMALL]
-    message = refused("rl", str(EXAMPLE / "rl.toml"), *flags)
-    assert re.search(says, message)
+    assert re.search(r"model\.layers\.\d+\.\S+_proj", refused("rl", str(EXAMPLE / "rl.toml"), *flags))
     assert stable_steps(RunTree.at(tmp_path / "out" / RUN).checkpoints) == []
 
 

@@ -49,13 +49,13 @@ def test_kl_is_zero_at_the_reference_and_pulls_back_towards_it() -> None:
     at = torch.tensor(LOGPROBS, requires_grad=True)
     without, _ = policy_loss(at, None, _micro([0.1, 0.2]), LossConfig())
     same, sums = policy_loss(at, at.detach(), _micro([0.1, 0.2]), config)
-    assert float(same) == pytest.approx(float(without)) and float(sums["kl"]) == 0.0
+    assert same.item() == pytest.approx(without.item()) and float(sums["kl"]) == 0.0
     off = torch.tensor(LOGPROBS, requires_grad=True)
     flat = _micro([0.1, 0.2])
     loss, _ = policy_loss(off, torch.tensor(LOGPROBS) + 0.4, flat, config)
     plain, _ = policy_loss(off, None, flat, LossConfig())
     (loss - plain).backward()
-    assert float(loss - plain) == pytest.approx(0.3 * 0.6 * (math.exp(0.4) - 1.4), rel=1e-4)
+    assert (loss - plain).item() == pytest.approx(0.3 * 0.6 * (math.exp(0.4) - 1.4), rel=1e-4)
     assert off.grad is not None and (off.grad < 0).all()  # descending raises the log-probs towards the reference
 
 

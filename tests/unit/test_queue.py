@@ -117,3 +117,30 @@ def test_a_broadcast_of_another_run_is_refused(tree: RunTree) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(Damaged, match="expected step 4 of run a"):
         read_version(tree, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("batch.json", lambda about: about["versions"].append(3)),
+        ("batch.json", lambda about: about.update(temperature=[])),
+        ("batch.json", lambda about: about.update(versions=None)),
+        ("batch.json", lambda about: about["versions"][0].update(name=7, digest=None)),
+    ],
+)
+def test_a_batch_whose_json_is_not_ours_is_a_bad_batch_whatever_it_holds(tree: RunTree, name: str, change) -> None:
+    """Written with a good manifest, as a careless orchestrator would."""
+    good = publish_batch(Disk(), tree, random_batch(RUN, 5, published(tree)))
+    about = json.loads((tree.batch(5) / name).read_text())
+    change(about)
+    files = {p.name: p.read_bytes() for p in tree.batch(5).iterdir() if p.name not in ("STABLE", name)}
+    Disk().quarantine(tree.batch(5), tree.trash)
+    with Disk().publish_dir(tree.batch(5), "batch", {}) as staging:
+        staging.write_json(name, about)
+        for other, data in files.items():
+            staging.write(other, data)
+    try:
+        found = read_batch(tree, 5)
+    except BadBatch:
+        return
+    assert found is not None and found[1] != good and isinstance(found[0].versions[0].name, str)
