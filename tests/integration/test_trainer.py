@@ -116,6 +116,20 @@ def test_steps_change_the_adapter(lab: Lab) -> None:
     assert len(digests) == 4
 
 
+def test_where_a_run_is_stopped_changes_nothing_before_or_after(lab: Lab, tmp_path: Path) -> None:
+    """max_steps 4 and then 6 gives the bytes of max_steps 6, with a schedule that decays."""
+    settings = {"optimizer": OptimizerConfig(schedule="cosine", decay_steps=8, warmup_steps=2)}
+    whole, first = lab.run("a", **settings), lab.trainer()
+    lab.feed(whole, first, 6)
+    other = Lab(tmp_path / "other", lab.base, lab.model)
+    tree, second = other.run("a", max_steps=4, **settings), other.trainer()
+    other.feed(tree, second, 4)
+    assert trainer_files(tree, 4) == trainer_files(whole, 4)
+    other.run("a", max_steps=6, resume=True, **settings)
+    other.feed(tree, second, 6)
+    assert trainer_files(tree, 6) == trainer_files(whole, 6)
+
+
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 @pytest.mark.parametrize("killed_at", [1, 2, 3, 5])
 def test_a_killed_trainer_resumes_bit_equal(lab: Lab, tmp_path: Path, killed_at: int, kl: float) -> None:
