@@ -83,7 +83,7 @@ def convert_adapter(disk: Disk, source: Path, run_dir: Path, *, trainer_json: Pa
     spec = SlotSpec.around(adapter.adapter) if slots is None else slots.spec
     notes = [] if slots is None else _compare_bases(adapter, slots, source)
     prepared = prepare(adapter, spec, None, None)
-    report = {**prepared.report, "source": str(source), "checked": slots is not None}
+    report = {**prepared.report, "source": str(source.absolute()), "checked": slots is not None}
     report["notes"] = [*prepared.report["notes"], *notes]
     fingerprint = adapter.facts.base_fingerprint if slots is None else slots.base_fingerprint
     base_model = adapter.facts.base_model if slots is None or slots.base is None else slots.base

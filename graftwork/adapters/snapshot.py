@@ -100,9 +100,12 @@ def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
         _check_agreement(state, adapter, exported)
         reference_path = checkpoint.path / "reference"
         reference = read_peft(reference_path).adapter if reference_path.is_dir() else None
+        orchestrator_state = checkpoint.orchestrator_state
+        if not checkpoint.step == state.step == state.cursor.step:
+            raise Damaged(f"{state_path}: step {state.step}, cursor {state.cursor.step}, checkpoint {checkpoint.step}")
     except (Damaged, AdapterError, SafetensorError, OSError) as error:
         raise CannotResume(f"checkpoint {checkpoint.path} cannot be used: {error}") from None
-    return Snapshot(state, adapter, moments, reference, checkpoint.orchestrator_state)
+    return Snapshot(state, adapter, moments, reference, orchestrator_state)
 
 
 def _check_agreement(state: TrainerState, adapter: Adapter, exported: Adapter) -> None:

@@ -28,7 +28,7 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     """Raises ConfigError, naming `source` and the line."""
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or an integer of thousands of digits
         raise ConfigError(f"{source} is not TOML: {error}") from None
 
 

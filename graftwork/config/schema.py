@@ -50,7 +50,7 @@ class SamplingConfig(Section):
     """Answers a prompt: one group, whose mean reward is the baseline."""
     max_tokens: Positive = 32
     """Longest answer, in tokens."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """Softmax temperature; the trainer divides its logits by the same number."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus: the sampler's log-probs are those of the cut distribution."""
@@ -59,31 +59,31 @@ class SamplingConfig(Section):
 class AdapterConfig(Section):
     rank: Positive | None = None
     """Rank of the run's adapter. Not given: the starting adapter's, else the trainer's max_rank."""
-    alpha: PositiveFloat | None = None
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Scale = alpha / rank. Not given: the starting adapter's, else 2 * rank."""
 
 
 class OptimizerConfig(Section):
     """torch.optim.AdamW over the run's own slot."""
 
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
     """Step size after warm-up."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment, per step."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the second moment, per step."""
-    epsilon: PositiveFloat = 1e-8
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """Added to the square root of the second moment."""
-    weight_decay: NotNegativeFloat = 0.0
+    weight_decay: Fraction = 0.0
     """Decoupled weight decay, per step, times the learning rate."""
-    clip_norm: PositiveFloat = 1.0
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """The gradient's L2 norm is cut to this."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up; linear and cosine reach 0 at decay_steps."""
+    """Linear and cosine fall from the first step on, times the warm-up, and reach 0 after decay_steps."""
     warmup_steps: NotNegative = 0
     """Steps of linear growth from 0 to learning_rate."""
     decay_steps: Positive | None = None
-    """Step at which linear or cosine ends. It never depends on max_steps: stopping early does not change the curve."""
+    """Steps that linear or cosine take to 0. It never depends on max_steps: stopping changes no curve."""
 
     @model_validator(mode="after")
     def _decay_is_set(self) -> OptimizerConfig:
@@ -99,9 +99,9 @@ class LossConfig(Section):
     """normaliser = "constant": the divisor, in tokens a sequence."""
     ratio: Literal["truncate", "mask"] = "truncate"
     """Importance ratio above ratio_max: cut to it, or the token is left out."""
-    ratio_max: PositiveFloat = 2.0
+    ratio_max: Annotated[float, Field(gt=0, le=1e6)] = 2.0
     """Bound on trainer probability / sampler probability of a token."""
-    kl_coefficient: NotNegativeFloat = 0.0
+    kl_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the KL divergence from the run's own starting adapter."""
 
     @model_validator(mode="after")
@@ -190,7 +190,7 @@ class TrainerSection(ProgramSection):
     poll_interval_seconds: PositiveFloat = 0.02
     """Sleep of a pass that found nothing to do."""
     exit_when_done: bool = False
-    """End when every run is finished, failed, stopped or evicted. `graftwork rl` sets it."""
+    """End when every run is finished, failed or evicted. `graftwork rl` sets it."""
 
 
 class TrainerConfig(TrainerSection):

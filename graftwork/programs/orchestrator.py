@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import threading
@@ -23,11 +24,12 @@ from pathlib import Path
 from graftwork.config.load import build, digest, parse_toml
 from graftwork.config.schema import RunConfig
 from graftwork.errors import BadRunId, ConfigError, InferenceError, ProgramFailed, RunError
+from graftwork.programs.processes import PARENT_VARIABLE
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.client import InferenceClient
 from graftwork.rollouts.collect import Collected, Request, Source, collect
 from graftwork.rollouts.environment import Environment, load_environment
-from graftwork.store.disk import Disk, is_stable, json_line, read_lines
+from graftwork.store.disk import Disk, is_stable, json_line, read_json, read_lines
 from graftwork.store.layout import RunTree, stable_steps
 from graftwork.store.queue import Batch, Published, SampledVersion, parse_version_name, publish_batch, read_version
 from graftwork.store.status import Status, read_status
@@ -87,13 +89,20 @@ async def warm_start(tree: RunTree, config: RunConfig) -> None:
     ProgramFailed, with the converter's words, when it refuses the adapter.
     """
     adapter = config.init_adapter_path
-    if adapter is None or config.resume or stable_steps(tree.checkpoints):
+    if adapter is None or config.resume:
+        return
+    if steps := stable_steps(tree.checkpoints):
+        refuse_another_source(tree, adapter, steps)
         return
     if not Path(adapter).is_dir():
         raise ConfigError(f"run {tree.id}: init_adapter_path = {adapter!r} is no folder; the run does not start")
     command = (sys.executable, "-m", "graftwork", "convert", adapter, str(tree.root))
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, PARENT_VARIABLE: str(os.getpid())},  # it ends with us
     )
     try:
         out, err = (part.decode(errors="replace").strip() for part in await process.communicate())
@@ -108,6 +117,19 @@ async def warm_start(tree: RunTree, config: RunConfig) -> None:
         )
     for line in out.splitlines():
         log.info("run %s: convert: %s", tree.id, line)
+
+
+def refuse_another_source(tree: RunTree, adapter: str, steps: list[int]) -> None:
+    """A step_0 of another adapter than the configuration names must not be taken for it. Raises ConfigError."""
+    report = tree.checkpoint(0) / "report.json"
+    if steps != [0] or not report.is_file():
+        return
+    source = read_json(report, "import report").get("source")
+    if source is not None and Path(source).absolute() != Path(adapter).absolute():
+        raise ConfigError(
+            f"run {tree.id}: {tree.checkpoint(0)} was made from {source}, init_adapter_path says {adapter}; "
+            f"move {tree.checkpoints} away to start from the latter, or drop the setting to start from the former"
+        )
 
 
 @dataclass
@@ -149,7 +171,7 @@ class Orchestrator:
             if not self.tree.orch_toml.exists() or digest(self.tree.orch_toml.read_bytes()) != self.orch_digest:
                 raise ConfigError(f"run {self.tree.id}: {self.tree.orch_toml} changed or went away; start again")
             status = read_status(self.tree)
-            if status is not None and status.orch_digest == self.orch_digest:
+            if status is not None and status.is_of(self.tree.id, self.orch_digest):
                 self.refuse_ended(status)
                 if status.state in ("active", "finished"):
                     return status
@@ -166,6 +188,8 @@ class Orchestrator:
         status = read_status(self.tree)
         if status is None:
             raise RunError(f"run {self.tree.id}: {self.tree.status_json} is gone; start again once the trainer runs")
+        if not status.is_of(self.tree.id, self.orch_digest):
+            raise ConfigError(f"run {self.tree.id}: {self.tree.orch_toml} changed under this orchestrator; start again")
         self.refuse_ended(status)
         return status
 
@@ -239,6 +263,7 @@ class Orchestrator:
             rollouts=collected.rollouts,
             orchestrator_state={"next_step": step + 1, "seed": self.config.seed},
         )
+        self.look()  # a folder that was removed meanwhile must not come back because we write into it
         # Rows first: a batch that is there has its rows, and rows without a batch are cut at the next start.
         self.write_samples(step, collected)
         publish_batch(self.disk, self.tree, batch)

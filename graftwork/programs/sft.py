@@ -79,11 +79,15 @@ def start(disk: Disk, config: SftConfig, base: BaseModel) -> Learner:
         raise ConfigError(
             f"{checkpoints} goes up to step {steps[-1]}: --resume goes on from there, or choose another output_dir"
         )
+    source = read_peft(Path(config.init_adapter_path)) if config.init_adapter_path and not config.resume else None
     if not steps and not config.resume:
-        source = read_peft(Path(config.init_adapter_path)) if config.init_adapter_path else None
         facts = PeftFacts(config.model.path, base.fingerprint)
         make_step_0(disk, checkpoints, base, source, config.adapter, config.seed, facts)
     _, snapshot = open_start(checkpoints, None, base, config.adapter, needs_reference=False)
+    if source is not None and snapshot.state.start.get("source_digest") != source.adapter.digest():
+        raise ConfigError(
+            f"{checkpoints}/step_0 is not made from {config.init_adapter_path}; move it away, or drop that setting"
+        )
     learner_config = LearnerConfig(
         optimizer=config.optimizer,
         loss=None,

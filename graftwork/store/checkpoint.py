@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from graftwork.errors import CannotResume, Damaged
 from graftwork.store.disk import Disk, Manifest, Staging, is_stable, read_json, verify
@@ -52,7 +52,7 @@ class TrainerState:
     cursor: Cursor
     start: dict[str, Any]
     """Where step_0 came from: {"kind": "fresh" | "adapter", "seed" or "source_digest": ...}."""
-    known_digests: dict[str, list[str]]
+    known_digests: dict[Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,17})$")], list[str]]
     """Every digest that was ever published for a step (decimal) within the staleness limit."""
     base_fingerprint: str | None
 
@@ -80,8 +80,14 @@ class Checkpoint:
 
     @property
     def orchestrator_state(self) -> dict[str, Any] | None:
+        """What the last consumed batch carried. Raises Damaged when it is no table."""
         path = self.path / "orchestrator" / "state.json"
-        return dict(read_json(path, "orchestrator state")) if path.exists() else None
+        if not path.exists():
+            return None
+        state = read_json(path, "orchestrator state")
+        if not isinstance(state, dict):
+            raise Damaged(f"{path} holds no table")
+        return state
 
 
 def save_checkpoint(disk: Disk, checkpoints: Path, step: int, fill: Callable[[Staging], None]) -> Path:

@@ -48,10 +48,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def read_json(path: Path, what: str) -> Any:
     """The JSON in `path`. Raises Damaged, naming the file, if it is absent or not JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise Damaged(f"{what}: {path} is missing") from None
     except (ValueError, RecursionError) as error:

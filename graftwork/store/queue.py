@@ -140,8 +140,10 @@ def read_batch(tree: RunTree, step: int) -> tuple[Batch, str] | None:
         )
         if (about["run"], about["step"]) != (str(tree.id), step):
             raise BadBatch(f"{folder} is batch {about['step']} of run {about['run']}, expected {step} of {tree.id}")
+        if not isinstance(state, dict):
+            raise BadBatch(f"{folder / 'orchestrator.json'} holds no table")
         rollouts = _split(columns, len(versions), folder)
-        return Batch(tree.id, step, float(about["temperature"]), versions, rollouts, dict(state)), manifest.sha256
+        return Batch(tree.id, step, float(about["temperature"]), versions, rollouts, state), manifest.sha256
     except Damaged as error:
         raise BadBatch(f"run {tree.id}: batch {step} is damaged: {error}") from None
     except (LookupError, TypeError, ValueError, OverflowError, OSError, SafetensorError) as error:
@@ -193,6 +195,11 @@ class Published:
     path: Path
     facts: dict[str, Any]
 
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Digests that were published for this step before: batches that were sampled from them still count."""
+        return tuple(str(digest) for digest in self.facts.get("replaces", ()))
+
 
 def read_version(tree: RunTree, step: int) -> Published | None:
     """The published version of `step`, or None while there is none. Raises Damaged. Who loads the bytes checks them."""
@@ -220,10 +227,12 @@ def publish_version(
     there = read_version(tree, version.step)
     if there is not None and there.version == version:
         return there
+    facts = {**facts, "run": str(version.run), "step": version.step, "digest": version.digest}
+    if there is not None:
+        facts["replaces"] = [*there.replaces, there.version.digest]
     target = tree.broadcast(version.step)
     if target.exists():
         disk.quarantine(target, tree.trash)
-    facts = {**facts, "run": str(version.run), "step": version.step, "digest": version.digest}
     with disk.publish_dir(target, BROADCAST, facts) as staging:
         for name, data in files.items():
             staging.write(name, data)

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from graftwork.errors import Damaged
 from graftwork.store.disk import Disk
-from graftwork.store.layout import RunTree
+from graftwork.store.layout import RunId, RunTree
 
 State = Literal["queued", "active", "finished", "failed", "evicted", "stopped"]
 TERMINAL: frozenset[State] = frozenset({"finished", "failed", "evicted", "stopped"})
@@ -34,14 +34,20 @@ class Status:
     wanted_batch: int | None = None
     reason: str | None = None
 
+    def is_of(self, run: RunId, orch_digest: str | None) -> bool:
+        """Whether it is about this very run under this very orch.toml; a copied folder brings another run's status."""
+        return (self.run, self.orch_digest) == (str(run), orch_digest)
+
 
 def read_status(tree: RunTree) -> Status | None:
     """None if there is none. Raises Damaged, naming the file."""
     path = tree.status_json
-    if not path.exists():
-        return None
     try:
         return TypeAdapter(Status).validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error}") from None
     except ValidationError as error:
         mistake = error.errors()[0]
         raise Damaged(

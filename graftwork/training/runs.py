@@ -18,6 +18,8 @@ from graftwork.errors import ConfigError, Damaged
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.status import TERMINAL, Status, read_status
 
+ORCH_TOML_BYTES_MAX = 2**20  # what is larger is no configuration: wait, as for an unreadable one
+
 
 @dataclass(frozen=True)
 class SeenRun:
@@ -33,7 +35,8 @@ class SeenRun:
     @property
     def settled(self) -> bool:
         """The run ended under the orch.toml that is there now: nothing to do until that changes."""
-        return self.status is not None and self.status.state in TERMINAL and self.status.orch_digest == self.orch_digest
+        status = self.status
+        return status is not None and status.state in TERMINAL and status.is_of(self.tree.id, self.orch_digest)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Seat:
 
 @dataclass(frozen=True)
 class FromCheckpoint:
-    """Go on from (or begin at) a checkpoint; step None: the newest."""
+    """Go on from (or begin at) a checkpoint; step None: the newest. A named step is gone back to: what came after it is
+    set aside."""
 
     step: int | None
 
@@ -117,6 +121,8 @@ def _look(tree: RunTree, seat: Seat | None) -> SeenRun:
 
 
 def _read(tree: RunTree, seat: Seat | None) -> SeenRun:
+    if not tree.orch_toml.is_file() or tree.orch_toml.stat().st_size > ORCH_TOML_BYTES_MAX:
+        return SeenRun(tree, None, None, None, (), None)
     data = tree.orch_toml.read_bytes()
     try:
         values = parse_toml(data.decode(), str(tree.orch_toml))
@@ -159,7 +165,7 @@ def _in_order(waiting: Sequence[SeenRun], world: World, seats: Mapping[RunId, Se
     last = max(arrivals + [seat.arrival for seat in seats.values()], default=0)
     placed: list[tuple[int, SeenRun]] = []
     for seen in sorted(waiting, key=lambda seen: seen.tree.id):
-        if seen.status is not None and seen.status.orch_digest == seen.orch_digest:
+        if seen.status is not None and seen.status.is_of(seen.tree.id, seen.orch_digest):
             placed.append((seen.status.arrival, seen))
         else:
             last += 1
@@ -207,8 +213,4 @@ def choose_start(seen: SeenRun) -> Start | str | None:
 def _was_admitted(seen: SeenRun) -> bool:
     """Whether this very run held a slot under this very orch.toml. A copied folder carries another id and must ask."""
     status = seen.status
-    return (
-        status is not None
-        and status.admitted
-        and (status.run, status.orch_digest) == (str(seen.tree.id), seen.orch_digest)
-    )
+    return status is not None and status.admitted and status.is_of(seen.tree.id, seen.orch_digest)

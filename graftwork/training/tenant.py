@@ -11,8 +11,8 @@ from graftwork.adapters.snapshot import write_snapshot
 from graftwork.config.schema import RunConfig
 from graftwork.errors import RunError, StaleBatch
 from graftwork.store.checkpoint import Checkpoint, save_checkpoint
-from graftwork.store.disk import Disk, Staging, json_line
-from graftwork.store.layout import RunTree
+from graftwork.store.disk import Disk, Manifest, Staging, json_line
+from graftwork.store.layout import RunTree, stable_steps, step_folder
 from graftwork.store.queue import Batch, Version, publish_version, read_batch, read_version
 from graftwork.store.status import State, Status, write_status
 from graftwork.training.batches import BatchLimits, examples_of
@@ -55,15 +55,17 @@ class Tenant:
 
     # --- admission ----------------------------------------------------------------------------------------------------
 
-    def open(self, checkpoint: Checkpoint) -> bool:
+    def open(self, checkpoint: Checkpoint, *, go_back: bool) -> bool:
         """Bring the folder into line with the checkpoint that the run starts from, publish its version, say `active`.
 
+        go_back: the run was told to resume from this step, so later ones are set aside.
         Returns True: there was work, as in `advance`.
         """
         for folder in (self.tree.checkpoints, self.tree.broadcasts):
             self.disk.sweep(folder)
-        if self.config.resume_step is not None:
+        if go_back:
             self._set_aside_after(self.step)
+        self._set_aside_of_other_runs()
         self.disk.cut_log(self.tree.metrics_jsonl, self.step)
         self.orchestrator_state = checkpoint.orchestrator_state
         self._know_published()
@@ -78,12 +80,21 @@ class Tenant:
                 if path.name.removeprefix("step_").isdecimal() and int(path.name.removeprefix("step_")) > step:
                     self.disk.quarantine(path, self.tree.trash)
 
+    def _set_aside_of_other_runs(self) -> None:
+        """A folder that was copied from another run brings that run's versions and batches: none of them is ours."""
+        for parent in (self.tree.broadcasts, self.tree.rollouts):
+            for step in stable_steps(parent):
+                folder = step_folder(parent, step)
+                if Manifest.read(folder).facts.get("run") != str(self.tree.id):
+                    self.disk.quarantine(folder, self.tree.trash)
+
     def _know_published(self) -> None:
         """Versions published after the checkpoint: batches that were sampled from them are still to come."""
-        step = self.step
-        while (published := read_version(self.tree, step)) is not None:
-            self._know(step, published.version.digest)
-            step += 1
+        for step in stable_steps(self.tree.broadcasts):
+            published = read_version(self.tree, step)
+            if published is not None and step >= self.step:
+                for digest in (*published.replaces, published.version.digest):
+                    self._know(step, digest)
 
     def _know(self, step: int, digest: str) -> None:
         digests = self.known.setdefault(step, [])

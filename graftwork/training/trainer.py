@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
@@ -23,7 +23,7 @@ from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel
 from graftwork.store.checkpoint import Checkpoint
 from graftwork.store.disk import Claim, Disk
-from graftwork.store.layout import OutputTree, RunId, RunTree
+from graftwork.store.layout import OutputTree, RunId
 from graftwork.store.status import TERMINAL, State, Status, write_status
 from graftwork.training.learner import Banks, Learner, LearnerConfig
 from graftwork.training.runs import (
@@ -63,6 +63,8 @@ class Trainer:
     ended: set[RunId] = field(default_factory=set)
     passes: int = 0
     _warned: set[str] = field(default_factory=set)
+    _unwritten: dict[RunId, str | None] = field(default_factory=dict)
+    """Runs whose last status could not be written, with their orch.toml's digest: not tried again until it changes."""
 
     def __post_init__(self) -> None:
         self.outputs = OutputTree(Path(self.config.output_dir).absolute())
@@ -106,7 +108,7 @@ class Trainer:
         """One turn; whether anything was done."""
         self.passes += 1
         seats = {run: Seat(t.learner.slot, t.status.orch_digest, t.status.arrival) for run, t in self.tenants.items()}
-        world = observe(self.outputs, seats)
+        world = self._without_unwritten(observe(self.outputs, seats))
         self._warn_of_bad_names()
         acted = [self._act(action, world) for action in reconcile(world, seats, self.config.slots)]
         worked = [self._turn(tenant) for tenant in list(self.tenants.values())]
@@ -114,7 +116,7 @@ class Trainer:
 
     def done(self) -> bool:
         """Whether some run ended here and none is active or waiting."""
-        world = observe(self.outputs, {})
+        world = self._without_unwritten(observe(self.outputs, {}))
         waiting = [seen for seen in world.runs.values() if seen.orch_digest and not seen.settled]
         return bool(self.ended) and not self.tenants and not waiting
 
@@ -173,15 +175,22 @@ class Trainer:
         try:
             write_status(self.disk, seen.tree, status)
         except OSError as error:
+            self._unwritten[seen.tree.id] = seen.orch_digest
             log.error("run %s: cannot write its status: %s", seen.tree.id, error)
         return True
+
+    def _without_unwritten(self, world: World) -> World:
+        """The world less the runs whose end could not be recorded: else each pass would admit and fail them again."""
+        return World(
+            {run: seen for run, seen in world.runs.items() if self._unwritten.get(run, "") != seen.orch_digest}
+        )
 
     def _admit(self, seen: SeenRun, arrival: int, slot: int, start: Start) -> None:
         """Give the run a slot and publish the version that it starts from, before any rollout."""
         assert seen.config is not None and seen.orch_digest is not None
         run = seen.tree.id
         try:
-            checkpoint, snapshot = self._starting_point(seen.tree, seen.config, start)
+            checkpoint, snapshot = self._starting_point(seen, start)
             learner = Learner(self.banks, slot, self._learner_config(seen.config), snapshot)
         except (GraftworkError, OSError) as error:
             self.ended.add(run)
@@ -192,8 +201,9 @@ class Trainer:
         max_tokens = min(self.config.tokens_per_micro_batch, self.base.max_positions)
         tenant = Tenant(self.disk, seen.tree, seen.config, status, learner, max_tokens)
         self.tenants[run] = tenant
+        go_back = isinstance(start, FromCheckpoint) and start.step is not None
         log.info("run %s: slot %d, from step %d (%s)", run, slot, learner.state.step, learner.state.start)
-        self._guarded(tenant, lambda: tenant.open(checkpoint))
+        self._guarded(tenant, lambda: tenant.open(checkpoint, go_back=go_back))
 
     def _end(self, tenant: Tenant, state: State, reason: str | None) -> None:
         """Give the slot back and say why. A run whose folder cannot be written any more is still released."""
@@ -203,6 +213,7 @@ class Trainer:
             if tenant.tree.root.is_dir():
                 tenant.say(state, reason=reason)
         except OSError as error:
+            self._unwritten[run] = tenant.status.orch_digest
             log.error("run %s: cannot write its status: %s", run, error)
         tenant.learner.release()
         del self.tenants[run]
@@ -210,14 +221,21 @@ class Trainer:
         log.log(logging.INFO if reason is None else logging.ERROR, "run %s: %s at step %d%s", run, state, tenant.step,
                 "" if reason is None else f": {reason}")  # fmt: skip
 
-    def _starting_point(self, tree: RunTree, config: RunConfig, start: Start) -> tuple[Checkpoint, Snapshot]:
+    def _starting_point(self, seen: SeenRun, start: Start) -> tuple[Checkpoint, Snapshot]:
         """The verified checkpoint that the run starts from; a run that has none gets its step_0 made first."""
+        tree, config = seen.tree, seen.config
+        assert config is not None
         step = start.step if isinstance(start, FromCheckpoint) else 0
         if not isinstance(start, FromCheckpoint):
             facts = PeftFacts(config.model.path, self.base.fingerprint)
             make_step_0(self.disk, tree.checkpoints, self.base, self.door, config.adapter, config.seed, facts)
         needs_reference = config.loss.kl_coefficient > 0
-        return open_start(tree.checkpoints, step, self.base, config.adapter, needs_reference=needs_reference)
+        checkpoint, snapshot = open_start(
+            tree.checkpoints, step, self.base, config.adapter, needs_reference=needs_reference
+        )
+        if seen.status is not None and seen.status.state == "evicted":  # asked to try again: it gets all its tries
+            snapshot = replace(snapshot, state=replace(snapshot.state, skipped_in_a_row=0))
+        return checkpoint, snapshot
 
     def _learner_config(self, config: RunConfig) -> LearnerConfig:
         return LearnerConfig(

@@ -1,6 +1,7 @@
 """The trainer on a real tree of files, in this process, fed with made-up batches."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,73 @@ def test_a_resume_from_a_named_earlier_step_moves_later_files_to_the_trash(lab: 
     assert stable_steps(tree.rollouts) == [1, 2]
     assert [row["step"] for row in read_lines(tree.metrics_jsonl)] == [1, 2]
     assert len(list(tree.trash.iterdir())) == 4 + 4 + 2  # broadcasts, batches, checkpoints
+
+
+def test_a_trainer_restarted_under_a_named_step_keeps_the_batches_it_has_yet_to_replay(lab: Lab) -> None:
+    tree = lab.run("a")
+    lab.feed(tree, lab.trainer(), 4)
+    lab.run("a", resume=True, resume_step=2)
+    lab.feed(tree, lab.trainer(), 5)  # checkpoint 4, then batch 5; this trainer is dropped as a kill would drop it
+    second = lab.trainer()
+    second.one_pass()
+    assert status_of(tree).start_step == 4 and stable_steps(tree.rollouts)[-1] == 5
+    lab.settle(second)
+    assert status_of(tree).step == 5
+
+
+def test_digests_that_were_replaced_still_count_after_a_second_kill(lab: Lab) -> None:
+    """Resumed with another learning rate, step 3 gets another digest; batch 4 was sampled from the old one."""
+    tree = lab.run("a")
+    lab.feed(tree, lab.trainer(), 3)
+    old = read_version(tree, 3)
+    assert old is not None
+    publish_batch(DISK, tree, random_batch(tree.id, 4, old))
+    for rate in (1e-3, 5e-4):
+        lab.run("a", resume=True, max_steps=7, optimizer=OptimizerConfig(learning_rate=rate))
+        before, trainer = read_version(tree, 3), lab.trainer()
+        while read_version(tree, 3) == before:
+            trainer.one_pass()  # the next pass would consume batch 4; this trainer is dropped before
+    third = lab.trainer()
+    lab.settle(third)
+    assert (status_of(tree).state, status_of(tree).step) == ("active", 4)
+
+
+def test_a_copied_folder_goes_on_under_its_own_name_when_it_asks(lab: Lab) -> None:
+    tree, trainer = lab.run("a", max_steps=4), lab.trainer()
+    lab.feed(tree, trainer, 4)
+    copy = lab.outputs.run(RunId("b"))
+    shutil.copytree(tree.root, copy.root)
+    lab.settle(trainer)
+    assert "did not ask to resume" in str(status_of(copy).reason)
+    lab.run("b", max_steps=6, resume=True)
+    lab.feed(copy, trainer, 6)
+    assert (status_of(copy).state, status_of(copy).start_step, status_of(copy).step) == ("finished", 4, 6)
+
+
+def test_an_evicted_run_that_asks_again_gets_all_its_tries(lab: Lab) -> None:
+    tree, trainer = lab.run("a", max_skipped_steps=2), lab.trainer()
+    lab.feed(tree, trainer, 6, overflow)
+    assert (status_of(tree).state, stable_steps(tree.checkpoints)) == ("evicted", [0, 2])
+    lab.run("a", resume=True, resume_step=2, max_skipped_steps=2)
+    lab.feed(tree, trainer, 6)
+    assert status_of(tree).state == "finished"
+
+
+def test_a_run_whose_status_cannot_be_written_is_not_tried_again_in_every_pass(lab: Lab) -> None:
+    tree = lab.run("a", resume=True)  # nothing to resume from
+    trainer = lab.trainer()
+    trainer.disk = NoStatus()
+    lab.settle(trainer)  # would never end
+    assert read_status(tree) is None
+    second = lab.run("b")
+    trainer.disk = DISK
+    lab.settle(trainer)
+    assert status_of(second).state == "active"
+
+
+class NoStatus(Disk):
+    def publish_file(self, path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
 
 
 def test_a_damaged_checkpoint_fails_the_resume_and_names_the_file(lab: Lab) -> None:
