@@ -1,0 +1,89 @@
+"""Typed TOML: what is read back, what is refused, and in which words."""
+
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from graftwork.config.load import build, dump, parse_toml
+from graftwork.config.schema import RlConfig, RunConfig, SftConfig
+from graftwork.errors import ConfigError
+
+MODEL = {"model": {"path": "base"}}
+
+
+def refusal(values: dict, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build(RunConfig, {**MODEL, **values}, overrides, source="orch.toml")
+    return str(caught.value)
+
+
+def test_what_is_dumped_loads_to_an_equal_section() -> None:
+    values = {**MODEL, "run": {"id": "a", "optimizer": {"schedule": "cosine", "decay_steps": 9}}}
+    config = build(RlConfig, values, ("--run.seed", "3", "--lora.target_modules", '["q_proj"]'), source="x")
+    assert (config.run.seed, config.lora.target_modules) == (3, ("q_proj",))
+    assert build(RlConfig, parse_toml(dump(config).decode(), "x"), source="x") == config
+
+
+def test_every_mistake_is_named_at_once_with_the_nearest_key() -> None:
+    said = refusal({"optimizr": {}, "loss": {"ratio_mx": 1.0}, "max_steps": 0, "seed": "x"})
+    for part in (
+        "optimizr: no such key; did you mean optimizer?",
+        "did you mean loss.ratio_max?",
+        "max_steps:",
+        "seed:",
+    ):
+        assert part in said
+    assert said.startswith("orch.toml: ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": {"ratio_max": 1e39}},
+        {"optimizer": {"learning_rate": 1e38}},
+        {"optimizer": {"weight_decay": 1e300}},
+        {"optimizer": {"learning_rate": float("nan")}},
+        {"loss": {"kl_coefficient": float("inf")}},
+        {"sampling": {"temperature": 1e-30}},
+        {"adapter": {"alpha": 1e39}},
+    ],
+)
+def test_numbers_that_fp32_cannot_work_with_are_refused(values: dict) -> None:
+    assert "the configuration was refused" in refusal(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"resume_step": 3}, "resume_step needs resume = true"),
+        ({"lag_steps": 9}, "lag_steps is above max_staleness_steps"),
+        ({"optimizer": {"schedule": "linear"}}, "decay_steps belongs to"),
+        ({"loss": {"normaliser": "constant"}}, "constant_tokens belongs to"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(values: dict, says: str) -> None:
+    assert says in refusal(values)
+
+
+@pytest.mark.parametrize("text", ["seed = ", f"seed = {'9' * 5000}", "seed = 1\nseed = 2"])
+def test_what_is_no_toml_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"x\.toml is not TOML"):
+        parse_toml(text, "x.toml")
+
+
+def undescribed(section: type[BaseModel]) -> list[str]:
+    """Keys without help text; tables inside are looked into."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)]
+        tables = [t for t in inner if issubclass(t, BaseModel)]
+        if not tables and not field.description:
+            found.append(f"{section.__name__}.{name}")
+        found += [key for table in tables for key in undescribed(table)]
+    return found
+
+
+@pytest.mark.parametrize("section", [RlConfig, SftConfig, RunConfig])
+def test_every_key_has_a_help_text(section: type[BaseModel]) -> None:
+    assert undescribed(section) == []
