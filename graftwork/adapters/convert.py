@@ -1,45 +1,66 @@
-"""Adapter folder -> checkpoint folder: a run's `step_0` from a saved adapter, a warm start.
+"""Adapter folder -> adapter folder, checkpoint folder; and back.
 
-The trainer does not know where a checkpoint came from; this is what it would have written itself.
+The trainer does not know where a checkpoint came from; a `step_0` made here is what it would have written itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft
+from graftwork.adapters.canonical import Adapter
+from graftwork.adapters.companions import Companions, differences
+from graftwork.adapters.formats.peft_read import Choice
+from graftwork.adapters.formats.peft_write import ExpertLayout, peft_files
+from graftwork.adapters.formats.rank_files import rank_file
 from graftwork.adapters.formats.untrusted import listed, quote
-from graftwork.adapters.prepare import SlotSpec, prepare
+from graftwork.adapters.opening import open_adapter
+from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec, Wish, prepare
+from graftwork.adapters.report import lines_of
 from graftwork.adapters.snapshot import snapshot_of, write_snapshot
+from graftwork.adapters.source import AdapterFacts, AdapterSource
 from graftwork.errors import Conflict, Damaged, MisfitAdapter, StoreError
-from graftwork.store.checkpoint import CHECKPOINT
-from graftwork.store.disk import Disk, read_json
+from graftwork.store.checkpoint import CHECKPOINT, WEIGHT
+from graftwork.store.disk import Content, Disk, dump_json, read_json
 from graftwork.store.layout import RUN_PREFIX, RunId, step_folder
 
 REPORT_NAME = "report.json"
+IMPORT_REPORT_NAME = "import_report.json"
+ADAPTER = "adapter"
+OLDER_CHECKPOINT = "checkpoint with rank_N.pt"
+FORMATS: dict[str, ExpertLayout] = {
+    "peft": "fused", "peft-per-expert": "per expert", "vllm-3d": "vllm 3-D", "stacked": "stacked",
+}  # fmt: skip
+RankFormat = Literal["safetensors", "pt"]
 
 
 @dataclass(frozen=True)
-class TrainerSlots:
-    """What `trainer.json` says of the trainer that the checkpoint is for."""
+class Target:
+    """What an adapter is imported for. spec None: for slots that hold it as it is; nothing is checked then.
 
-    spec: SlotSpec
-    base_fingerprint: str
-    base: str | None
+    base: the folder or hub id of the base, as the user or the trainer names it.
+    """
+
+    spec: SlotSpec | None = None
+    base: str | None = None
+    fingerprint: str | None = None
 
     @staticmethod
-    def read(path: Path) -> TrainerSlots:
-        """Raises Damaged, naming file and field."""
+    def of_trainer(path: Path) -> Target:
+        """The slots that a `trainer.json` describes. Raises Damaged, naming file and field."""
         about = read_json(path, "trainer")
         try:
-            shapes = {str(name): (int(out), int(width)) for name, (out, width) in about["modules"].items()}
-            spec = SlotSpec(int(about["max_rank"]), shapes)
+            shapes = {str(name): tuple(int(size) for size in shape) for name, shape in about["modules"].items()}
+            if not all(len(shape) in (2, 3) for shape in shapes.values()):
+                raise ValueError("a module's shape is not (out, in) or (experts, out, in)")
             base = about.get("base")
-            return TrainerSlots(spec, str(about["base_fingerprint"]), None if base is None else str(base))
+            return Target(
+                SlotSpec(int(about["max_rank"]), shapes), None if base is None else str(base),
+                str(about["base_fingerprint"]),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Damaged(
                 f"{path} was not written by a trainer ({type(error).__name__}: {error}); start the trainer again"
@@ -47,8 +68,8 @@ class TrainerSlots:
 
 
 @dataclass(frozen=True)
-class ConvertReport:
-    """`folder`: the checkpoint that was made. `report`: what its report.json holds."""
+class Imported:
+    """`folder`: what was made. `report`: what the report beside it holds."""
 
     folder: Path
     report: dict[str, Any]
@@ -56,43 +77,145 @@ class ConvertReport:
     def lines(self) -> list[str]:
         """For a person, one sentence a line."""
         about = self.report
-        scale = about["alpha"] / about["rank"]
-        fit = "it fits the trainer's slots" if about["checked"] else "no trainer.json yet: the trainer checks the fit"
+        fit = "it fits the slots" if about["checked"] else "no trainer.json, no base: the trainer checks the fit"
         return [
-            f"{about['source']}: rank {about['rank']}, alpha {about['alpha']:g} (scale {scale:g}), "
-            f"{about['modules']} modules, {listed(about['dtype_from'])}",
-            f"kept {about['kept']} of {about['modules']} modules as they are: the run starts as the same function",
+            f"{about['source']}: {about['format']}",
+            *lines_of(about),
             fit,
-            *(f"note: {note}" for note in about["notes"]),
             f"wrote {self.folder} (adapter {about['digest'][:8]}, from {about['source_digest'][:8]})",
         ]
 
 
-def convert_adapter(disk: Disk, source: Path, run_dir: Path, *, trainer_json: Path | None) -> ConvertReport:
-    """Publish `run_dir/checkpoints/step_0` with the adapter (PEFT) in `source`; `run_dir` is made if need be.
+@dataclass(frozen=True)
+class _Ready:
+    prepared: PreparedInitAdapter
+    facts: AdapterFacts
+    fingerprint: str | None
+    companions: Companions
+    report: dict[str, Any] = field(default_factory=dict)
 
-    trainer_json: where it exists, the adapter must fit the slots that it describes; without it, the adapter is taken as
-    it is, and the trainer checks it at admission.
-    Raises AdapterError when the adapter cannot be used, Conflict when the run has a checkpoint already, BadRunId when
-    the folder is called run_<what is no id>, StoreError when it cannot be written. Then nothing is left behind.
+
+def import_adapter(
+    disk: Disk, source: Path, out: Path, target: Target, wish: Wish = Wish(), choice: Choice = Choice()
+) -> Imported:
+    """Publish `out`: the adapter in `source` as a PEFT adapter that fits the target, with `import_report.json`.
+
+    Raises AdapterError when it cannot be used, Conflict when `out` exists, StoreError when it cannot be written. Then
+    nothing is left behind.
+    """
+    if out.exists():
+        raise Conflict(f"{out} exists already; nothing is ever overwritten: choose another name")
+    ready = _ready(source, target, wish, choice)
+    files = peft_files(ready.prepared.adapter, ready.facts)
+    _publish(disk, out, ADAPTER, {"digest": ready.report["digest"]}, {
+        **files, **ready.companions, IMPORT_REPORT_NAME: dump_json(ready.report),
+    })  # fmt: skip
+    return Imported(out, ready.report)
+
+
+def convert_adapter(
+    disk: Disk, source: Path, run_dir: Path, target: Target = Target(), wish: Wish = Wish(), choice: Choice = Choice(),
+    *, ranks: int = 1, rank_format: RankFormat = "safetensors",
+) -> Imported:  # fmt: skip
+    """Publish `run_dir/checkpoints/step_0` with the adapter in `source`; `run_dir` is made if need be.
+
+    ranks: files that the trainer's state is cut into; any trainer reads any number. rank_format "pt": older trainers'.
+    Raises as `import_adapter` does, and BadRunId when the folder is called run_<what is no id>.
     """
     checkpoints = run_dir / "checkpoints"
     _refuse_second_start(run_dir, checkpoints)
-    adapter = read_peft(source)
-    slots = TrainerSlots.read(trainer_json) if trainer_json is not None and trainer_json.exists() else None
-    spec = SlotSpec.around(adapter.adapter) if slots is None else slots.spec
-    notes = [] if slots is None else _compare_bases(adapter, slots, source)
-    prepared = prepare(adapter, spec, None, None)
-    report = {**prepared.report, "source": str(source.absolute()), "checked": slots is not None}
-    report["notes"] = [*prepared.report["notes"], *notes]
-    fingerprint = adapter.facts.base_fingerprint if slots is None else slots.base_fingerprint
-    base_model = adapter.facts.base_model if slots is None or slots.base is None else slots.base
-    snapshot = snapshot_of(prepared, fingerprint)
-    target = step_folder(checkpoints, 0)
-    with _nothing_left(disk, checkpoints), disk.publish_dir(target, CHECKPOINT, {"step": 0}) as staging:
-        write_snapshot(staging, snapshot, PeftFacts(base_model))
-        staging.write_json(REPORT_NAME, report)
-    return ConvertReport(target, report)
+    ready = _ready(source, target, wish, choice)
+    folder = step_folder(checkpoints, 0)
+    if rank_format == "pt":
+        _publish(disk, folder, OLDER_CHECKPOINT, {"step": 0}, {
+            **{f"trainer/rank_{rank}.pt": rank_file(ready.prepared.adapter, rank, ranks) for rank in range(ranks)},
+            **{f"{WEIGHT}/{name}": data for name, data in peft_files(ready.prepared.adapter, ready.facts).items()},
+            **{f"{WEIGHT}/{name}": data for name, data in ready.companions.items()},
+            REPORT_NAME: dump_json(ready.report),
+        })  # fmt: skip
+        return Imported(folder, ready.report)
+    snapshot = snapshot_of(ready.prepared, ready.fingerprint, ready.companions)
+    with _nothing_left(disk, checkpoints), disk.publish_dir(folder, CHECKPOINT, {"step": 0}) as staging:
+        write_snapshot(staging, snapshot, ready.facts, ranks)
+        staging.write_json(REPORT_NAME, ready.report)
+    return Imported(folder, ready.report)
+
+
+def export_adapter(disk: Disk, source: Path, out: Path, format: str, alpha: float | None = None) -> list[str]:
+    """Publish `out`: the adapter (or checkpoint) in `source`, its experts in another layout; what to tell the user.
+
+    format: a key of FORMATS. Dtypes, ranks and scales stay. Raises as `import_adapter` does.
+    """
+    if out.exists():
+        raise Conflict(f"{out} exists already; nothing is ever overwritten: choose another name")
+    with open_adapter(source, alpha=alpha) as opened:
+        SlotSpec.around(opened.source)  # all experts are there
+        adapter = Adapter({path: opened.source.load(path) for path in sorted(opened.source.modules)})
+        facts, companions, kind = opened.source.facts, opened.companions, opened.kind
+    digest = adapter.digest()
+    files = peft_files(adapter, facts, FORMATS[format])
+    _publish(disk, out, ADAPTER, {"digest": digest, "format": format}, {**files, **companions})
+    return [
+        f"{source}: {kind}",
+        *_export_notes(adapter, format),
+        f"wrote {out} (adapter {digest[:8]}, format {format})",
+    ]
+
+
+def _export_notes(adapter: Adapter, format: str) -> list[str]:
+    stacks = [path for path, pair in adapter.pairs.items() if len(pair.shape) == 3]
+    dense = {path.rpartition(".")[2] for path, pair in adapter.pairs.items() if len(pair.shape) == 2}
+    if not stacks:
+        return ["no experts: every format is the same"]
+    notes = []
+    apart = [path for path in stacks if path.endswith(".gate_proj") and not _shares_a(adapter, path)]
+    if format in ("peft", "vllm-3d") and apart:
+        notes.append(
+            f"gate and up of {len(apart)} layers have factors of their own: in one tensor they are block-diagonal, of "
+            "the summed rank; exact"
+        )
+    if format in ("peft", "peft-per-expert") and dense & {"gate_proj", "up_proj", "down_proj"}:
+        notes.append("WARNING: PEFT 0.21 takes this adapter's dense MLP layers for experts and drops them on loading")
+    if format == "stacked":
+        notes.append("stacked experts are read by Graftwork; neither PEFT 0.21 nor vLLM 0.32 reads them")
+    return notes
+
+
+def _shares_a(adapter: Adapter, gate: str) -> bool:
+    up = adapter.pairs.get(gate.removesuffix("gate_proj") + "up_proj")
+    return up is None or up.a.equal(adapter.pairs[gate].a)
+
+
+def _ready(source: Path, target: Target, wish: Wish, choice: Choice) -> _Ready:
+    """Everything that can refuse, before a byte is written."""
+    with open_adapter(source, choice, wish.alpha) as opened:
+        spec = target.spec or _as_it_is(opened.source, wish)
+        notes = [] if target.spec is None else _compare_bases(opened.source, target, source)
+        prepared = prepare(opened.source, spec, wish)
+    facts = opened.source.facts
+    fingerprint = facts.base_fingerprint if target.fingerprint is None else target.fingerprint
+    base = facts.base_model if target.base is None else target.base
+    warnings = differences(opened.companions, None if target.base is None else Path(target.base))  # never the adapter's
+    report = {
+        **prepared.report,
+        "source": str(source.absolute()),
+        "format": opened.kind,
+        "checked": target.spec is not None,
+        "notes": [*prepared.report["notes"], *notes],
+        "warnings": [*prepared.report["warnings"], *warnings],
+    }
+    return _Ready(prepared, AdapterFacts(base, fingerprint), fingerprint, opened.companions, report)
+
+
+def _as_it_is(source: AdapterSource, wish: Wish) -> SlotSpec:
+    spec = SlotSpec.around(source)
+    return SlotSpec(max(spec.max_rank, wish.rank or 0), spec.shapes)
+
+
+def _publish(disk: Disk, target: Path, kind: str, facts: dict[str, Any], files: dict[str, Content]) -> None:
+    with _nothing_left(disk, target.parent), disk.publish_dir(target, kind, facts) as staging:
+        for name, data in files.items():
+            staging.write(name, data)
 
 
 def _refuse_second_start(run_dir: Path, checkpoints: Path) -> None:
@@ -109,17 +232,17 @@ def _refuse_second_start(run_dir: Path, checkpoints: Path) -> None:
         )
 
 
-def _compare_bases(adapter: PeftAdapter, slots: TrainerSlots, source: Path) -> list[str]:
+def _compare_bases(source: AdapterSource, target: Target, path: Path) -> list[str]:
     """Notes on what the adapter says of its base. Raises MisfitAdapter when its fingerprint is another's."""
-    recorded = adapter.facts.base_fingerprint
-    if recorded is not None and recorded != slots.base_fingerprint:
+    recorded = source.facts.base_fingerprint
+    if recorded is not None and target.fingerprint is not None and recorded != target.fingerprint:
         raise MisfitAdapter(
-            f"{source} was trained on a base with fingerprint {recorded[:12]}, the trainer's has "
-            f"{slots.base_fingerprint[:12]}; use the base that the adapter belongs to"
+            f"{path} was trained on a base with fingerprint {recorded[:12]}, this one has {target.fingerprint[:12]}; "
+            "use the base that the adapter belongs to"
         )
-    name = adapter.facts.base_model
-    if recorded is None and name is not None and slots.base is not None and name != slots.base:
-        return [f"the adapter names its base {quote(name)}, the trainer's is {quote(slots.base)}; the shapes fit"]
+    name = source.facts.base_model
+    if recorded is None and name is not None and target.base is not None and name != target.base:
+        return [f"the adapter names its base {quote(name)}, this one is {quote(target.base)}; the shapes fit"]
     return []
 
 

@@ -1,18 +1,23 @@
-"""canonical + slot spec -> PreparedInitAdapter: parsed, validated, normalised CPU tensors, and a report."""
+"""A source + slot spec -> PreparedInitAdapter: validated, normalised CPU tensors, and a report of what was done."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from graftwork.adapters.canonical import ALPHA_RANGE, Adapter, LoraPair, alpha_for
-from graftwork.adapters.formats.peft import PeftAdapter
+from graftwork.adapters.canonical import ALPHA_RANGE, Adapter, LoraPair, RunningDigest, Shape, alpha_for
+from graftwork.adapters.fit import drop_idle_directions, pad_rank, spread_experts, to_scale, truncate_rank
 from graftwork.adapters.formats.untrusted import listed
+from graftwork.adapters.names import match_paths
+from graftwork.adapters.report import ImportReport
+from graftwork.adapters.source import AdapterSource, ModuleFacts
 from graftwork.errors import MisfitAdapter
 
 SCALE_TOLERANCE = 1e-9
@@ -21,16 +26,32 @@ SCALE_TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class SlotSpec:
-    """What a slot can hold: `shapes` maps each target module's path to (out, in)."""
+    """What a slot can hold: `shapes` maps each target module's path to (out, in), (E, out, in) for experts."""
 
     max_rank: int
-    shapes: Mapping[str, tuple[int, int]]
+    shapes: Mapping[str, Shape]
 
     @staticmethod
-    def around(adapter: Adapter) -> SlotSpec:
-        """The slot that holds exactly this adapter."""
-        ranks = [pair.rank for pair in adapter.pairs.values()]
-        return SlotSpec(max(ranks, default=1), {path: pair.shape for path, pair in adapter.pairs.items()})
+    def around(source: AdapterSource) -> SlotSpec:
+        """The slot that holds exactly this adapter. Raises MisfitAdapter when only a base could tell how many experts
+        there are."""
+        modules = source.modules
+        if gaps := [path for path, facts in modules.items() if facts.present is not None]:
+            raise MisfitAdapter(
+                f"{listed(gaps)}: some experts are missing, and how many there are is unknown; name the base (--base)"
+            )
+        return SlotSpec(max(f.rank for f in modules.values()), {path: f.shape for path, f in modules.items()})
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the run asks for. rank, alpha: None inherits the adapter's rank, and its scale.
+    allow_lossy: cut a rank that is too high by SVD. seed: of what starts fresh."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    allow_lossy: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class PreparedInitAdapter:
     """What one slot starts from: fp32, on the CPU, for exactly the slot's modules, one rank and one scale.
 
     Its adapter's pairs have the run's own rank (not the slot's), all with scale alpha / rank.
-    report: JSON-able. kind "adapter": what was kept of which source; kind "fresh": the seed.
+    report: JSON-able. kind "adapter": what was done with which source; kind "fresh": the seed.
     """
 
     adapter: Adapter
@@ -48,59 +69,136 @@ class PreparedInitAdapter:
     report: dict[str, Any]
 
 
-def prepare(source: PeftAdapter, spec: SlotSpec, rank: int | None, alpha: float | None) -> PreparedInitAdapter:
-    """A saved adapter as a slot's start: same modules, shapes, rank and scale, so the function is the same.
+def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> PreparedInitAdapter:
+    """A saved adapter as a slot's start: the same function, or a refusal.
 
-    rank, alpha  the run's; None inherits the adapter's
-    Returns      fp32 copies; float16 and bfloat16 become fp32 without rounding
-    Raises       MisfitAdapter: one message that names everything that does not fit, and what to do
+    Reads one module of the source at a time; at its end only what the slot starts from is in memory.
+    Raises MisfitAdapter: one message that names everything that does not fit, and what to do. UnreadableAdapter for a
+    number that is not finite.
     """
-    adapter = source.adapter
-    misfits = [*_module_misfits(adapter, spec), *_rank_misfits(adapter, spec, rank)]
-    if misfits:
+    modules = source.modules
+    places = match_paths(modules, spec.shapes)
+    if misfits := [*_module_misfits(modules, places, spec), *_rank_misfits(modules, wish, spec)]:
         raise _misfit(misfits)
-    run_rank = next(iter(adapter.pairs.values())).rank
-    scales = {path: pair.scale for path, pair in adapter.pairs.items()}
-    run_alpha = _inherited_alpha(scales, run_rank) if alpha is None else alpha
-    if misfits := _scale_misfits(scales, run_rank, run_alpha, given=alpha is not None):
-        raise _misfit(misfits)
-    kept = _same_function(adapter, run_alpha / run_rank)
-    digest = adapter.digest()
-    report = {
+    rank, alpha = _rank_and_alpha(modules, wish, spec)
+    fitting = _Fitting(spec, rank, alpha / rank, wish)
+    digest, dtypes = RunningDigest(), set[str]()
+    for path in sorted(modules):
+        pair = source.load(path)
+        digest.add(path, pair)
+        fitting.untouched &= places[path] == path
+        dtypes |= {str(tensor.dtype).removeprefix("torch.") for tensor in (pair.a, pair.b)}
+        fitting.take(places[path], pair, modules[path])
+    adapter, report = fitting.finish()
+    report.notes += source.notes
+    report.warnings += [f"{what}: the function is not the source's any more" for what in source.dropped]
+    source_digest = digest.hexdigest()
+    about = {
         "kind": "adapter",
-        "source_digest": digest,
-        "digest": kept.digest(),
+        "source_digest": source_digest,
+        "digest": source_digest if fitting.untouched else adapter.digest(),
         "base_model": source.facts.base_model,
-        "rank": run_rank,
-        "alpha": run_alpha,
+        "rank": rank,
+        "alpha": alpha,
+        "source_ranks": sorted({facts.rank for facts in modules.values()}),
         "modules": len(spec.shapes),
-        "kept": len(kept.pairs),
-        "dtype_from": adapter.dtypes(),
+        "dtype_from": sorted(dtypes),
         "dtype_to": "float32",
-        "notes": list(source.notes),
+        **report.to_json(),
     }
-    return PreparedInitAdapter(kept, run_rank, run_alpha, digest, report)
+    return PreparedInitAdapter(adapter, rank, alpha, source_digest, about)
 
 
-def _same_function(adapter: Adapter, scale: float) -> Adapter:
-    """fp32 copies, by path."""
-    return Adapter(
-        {
-            path: LoraPair(
-                adapter.pairs[path].a.to("cpu", torch.float32, copy=True).contiguous(),
-                adapter.pairs[path].b.to("cpu", torch.float32, copy=True).contiguous(),
-                scale,
-            )
-            for path in sorted(adapter.pairs)
-        }
-    )
+class _Fitting:
+    """One import: modules come in one by one, what they became is collected, misfits are told together."""
+
+    def __init__(self, spec: SlotSpec, rank: int, scale: float, wish: Wish) -> None:
+        self.spec, self.rank, self.scale, self.wish = spec, rank, scale, wish
+        self.report = ImportReport()
+        self.pairs: dict[str, LoraPair] = {}
+        self.too_high: dict[str, int] = {}
+        self.untouched = True
+        """Whether every module so far is the source's to the last byte, name and scale: the digest is then, too."""
+
+    def take(self, path: str, pair: LoraPair, facts: ModuleFacts) -> None:
+        """Fit one module. It is changed in as few ways as will do, and each is reported."""
+        self.report.layouts[facts.layout] += 1
+        steps: list[str] = []
+        source = pair
+        pair = LoraPair(pair.a.float().contiguous(), pair.b.float().contiguous(), pair.scale)
+        if "gate above up" in facts.layout:
+            steps.append("split")
+        if "share" in facts.layout:
+            steps.append("shared")
+        shape = self.spec.shapes[path]
+        if len(shape) == 3 and pair.a.shape[0] != shape[0]:
+            present = facts.present or tuple(range(pair.a.shape[0]))
+            pair = spread_experts(pair, present, shape[0], self._fresh(path, max(pair.rank, self.rank)))
+            steps.append("experts added")
+        if pair.rank > self.rank:
+            lower = self._lower(path, pair, steps)
+            if lower is None:
+                return
+            pair = lower
+        if pair.rank < self.rank:
+            pair = pad_rank(pair, self.rank, self._fresh(path, self.rank))
+            steps.append("padded")
+        if not math.isclose(pair.scale, self.scale, rel_tol=SCALE_TOLERANCE, abs_tol=0.0):
+            pair = to_scale(pair, self.scale)
+            steps.append("rescaled")
+        self.pairs[path] = LoraPair(pair.a, pair.b, self.scale)
+        self.untouched &= pair.a is source.a and pair.b is source.b and source.scale == self.scale
+        for step in steps or ["kept"]:
+            self.report.add(step, path)
+
+    def _lower(self, path: str, pair: LoraPair, steps: list[str]) -> LoraPair | None:
+        """The pair at the run's rank; None, and remembered, when that would change the function unasked."""
+        if (lean := drop_idle_directions(pair, self.rank)) is not None:
+            steps.append("idle directions dropped")
+            return lean
+        if not self.wish.allow_lossy:
+            self.too_high[path] = pair.rank
+            return None
+        reduced = truncate_rank(pair, self.rank)
+        self.report.energies[path] = reduced.energy
+        steps.append("reduced")
+        return reduced.pair
+
+    def finish(self) -> tuple[Adapter, ImportReport]:
+        """Fresh factors where the adapter has none. Raises MisfitAdapter for the modules of too high a rank."""
+        if self.too_high:
+            raise _misfit([self._rank_advice()])
+        for path in sorted(self.spec.shapes.keys() - self.pairs.keys()):
+            self.pairs[path] = _fresh_pair(self.spec.shapes[path], self.rank, self.scale, self.wish.seed, path)
+            self.report.add("fresh", path)
+            self.untouched = False
+        return Adapter({path: self.pairs[path] for path in sorted(self.pairs)}), self.report
+
+    def _rank_advice(self) -> str:
+        whose, where = ("the slots'", "lora.max_rank") if self.wish.rank is None else ("the run's", "adapter.rank")
+        named = listed(f"{path} (rank {rank})" for path, rank in self.too_high.items())
+        return (
+            f"{_count(self.too_high, 'module')} of a rank above {self.rank}, {whose}: {named}. Set {where} to "
+            f"{max(self.too_high.values())}, or allow the best approximation by SVD, which changes the function "
+            "(--allow-lossy, adapter.allow_lossy = true)"
+        )
+
+    def _fresh(self, path: str, rank: int) -> Tensor:
+        return _fresh_a(self.spec.shapes[path], rank, self.wish.seed, path)
 
 
-def _inherited_alpha(scales: Mapping[str, float], rank: int) -> float:
-    """The alpha of the first module's scale. A scale that no alpha / rank gives (rsLoRA) moves by one part in 2^52."""
-    scale = next(iter(scales.values()))
-    alpha = alpha_for(scale, rank)
-    return scale * rank if alpha is None else alpha
+def _rank_and_alpha(modules: Mapping[str, ModuleFacts], wish: Wish, spec: SlotSpec) -> tuple[int, float]:
+    """The run's. Inherited: the adapter's highest rank as far as the slots hold it, the scale of its first module."""
+    rank = min(max(f.rank for f in modules.values()), spec.max_rank) if wish.rank is None else wish.rank
+    if wish.alpha is not None:
+        return rank, wish.alpha
+    scale = modules[min(modules)].scale
+    alpha = alpha_for(scale, rank)  # a scale that no alpha / rank gives (rsLoRA) moves by one part in 2^52
+    alpha = scale * rank if alpha is None else alpha
+    if not ALPHA_RANGE[0] <= alpha <= ALPHA_RANGE[1]:
+        raise _misfit([f"its scale {scale:g} gives alpha {alpha:g}, which is not between {ALPHA_RANGE[0]:g} and "
+                       f"{ALPHA_RANGE[1]:g}. Set adapter.alpha"])  # fmt: skip
+    return rank, alpha
 
 
 def _misfit(misfits: list[str]) -> MisfitAdapter:
@@ -108,22 +206,22 @@ def _misfit(misfits: list[str]) -> MisfitAdapter:
     return MisfitAdapter(f"the adapter does not fit the slots: {' '.join(numbered)}")
 
 
-def _module_misfits(adapter: Adapter, spec: SlotSpec) -> list[str]:
+def _module_misfits(modules: Mapping[str, ModuleFacts], places: Mapping[str, str], spec: SlotSpec) -> list[str]:
     misfits = []
-    if unknown := sorted(adapter.pairs.keys() - spec.shapes.keys()):
+    if not modules:
+        return ["the adapter has no modules; save it again"]
+    if unknown := sorted(modules.keys() - places.keys()):
         misfits.append(
             f"{_count(unknown, 'module')} of the adapter that the slots do not have: {listed(unknown)}. "
-            "Add their names to lora.target_modules, or check that the adapter belongs to this base"
+            "Add their names to lora.target_modules (--targets), drop them (--ignore), or check that the adapter "
+            "belongs to this base"
         )
-    if absent := sorted(spec.shapes.keys() - adapter.pairs.keys()):
-        misfits.append(
-            f"{_count(absent, 'module')} of the slots that the adapter does not have: {listed(absent)}. "
-            "Set lora.target_modules to those that the adapter was trained on"
-        )
+    if twice := sorted(path for path, count in Counter(places.values()).items() if count > 1):
+        misfits.append(f"two modules of the adapter stand for {listed(twice)}. Save it again with one name for each")
     wrong = [
-        f"{path} (found {_by(adapter.pairs[path].shape)}, expected {_by(spec.shapes[path])})"
-        for path in sorted(adapter.pairs.keys() & spec.shapes.keys())
-        if adapter.pairs[path].shape != tuple(spec.shapes[path])
+        f"{path} (found {_by(facts.shape)}, expected {_by(spec.shapes[places[path]])})"
+        for path, facts in sorted(modules.items())
+        if path in places and not _fits(facts, spec.shapes[places[path]])
     ]
     if wrong:
         misfits.append(
@@ -133,47 +231,28 @@ def _module_misfits(adapter: Adapter, spec: SlotSpec) -> list[str]:
     return misfits
 
 
-def _rank_misfits(adapter: Adapter, spec: SlotSpec, rank: int | None) -> list[str]:
-    ranks = {path: pair.rank for path, pair in sorted(adapter.pairs.items())}
-    if not ranks:
-        return ["the adapter has no modules; save it again"]
-    expected = next(iter(ranks.values())) if rank is None else rank
+def _fits(facts: ModuleFacts, shape: Shape) -> bool:
+    """Equal shapes; an adapter of single experts may have fewer of them."""
+    if facts.layout == "one expert a tensor" and len(shape) == 3:
+        return facts.shape[0] <= shape[0] and facts.shape[1:] == tuple(shape[1:])
+    return facts.shape == tuple(shape)
+
+
+def _rank_misfits(modules: Mapping[str, ModuleFacts], wish: Wish, spec: SlotSpec) -> list[str]:
     misfits = []
-    if wrong := [f"{path} (rank {found})" for path, found in ranks.items() if found != expected]:
-        why = "the run's" if rank is not None else f"that of {next(iter(ranks))}"
-        misfits.append(
-            f"{_count(wrong, 'module')} whose rank is not {expected}, {why}: {listed(wrong)}. "
-            "Leave adapter.rank out to take over the adapter's; changing a rank is not yet supported"
-        )
-    if expected > spec.max_rank:
-        misfits.append(f"rank {expected}, and the slots hold {spec.max_rank} at most. Set lora.max_rank to {expected}")
+    if wish.rank is not None and not 1 <= wish.rank <= spec.max_rank:
+        misfits.append(f"rank {wish.rank}, and the slots hold 1 to {spec.max_rank}. Set lora.max_rank to {wish.rank}")
+    if wish.alpha is not None and not ALPHA_RANGE[0] <= wish.alpha <= ALPHA_RANGE[1]:
+        misfits.append(f"alpha {wish.alpha:g} is not between {ALPHA_RANGE[0]:g} and {ALPHA_RANGE[1]:g}")
     return misfits
 
 
-def _scale_misfits(scales: Mapping[str, float], rank: int, alpha: float, *, given: bool) -> list[str]:
-    if not ALPHA_RANGE[0] <= alpha <= ALPHA_RANGE[1]:
-        return [f"alpha {alpha:g} is not between {ALPHA_RANGE[0]:g} and {ALPHA_RANGE[1]:g}"]
-    scale = alpha / rank
-    wrong = [
-        f"{path} (scale {found:g})"
-        for path, found in sorted(scales.items())
-        if not math.isclose(found, scale, rel_tol=SCALE_TOLERANCE, abs_tol=0.0)
-    ]
-    if not wrong:
-        return []
-    why = f"alpha {alpha:g} / rank {rank} of the run" if given else f"that of {next(iter(scales))}"
-    return [
-        f"{_count(wrong, 'module')} whose scale is not {scale:g}, {why}: {listed(wrong)}. "
-        "Leave adapter.alpha out to take over the adapter's; changing a scale is not yet supported"
-    ]
-
-
-def _count(found: list[str], noun: str) -> str:
+def _count(found: Sized, noun: str) -> str:
     return f"{len(found)} {noun}{'' if len(found) == 1 else 's'}"
 
 
-def _by(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def fresh(spec: SlotSpec, rank: int, alpha: float, seed: int) -> PreparedInitAdapter:
@@ -186,13 +265,8 @@ def fresh(spec: SlotSpec, rank: int, alpha: float, seed: int) -> PreparedInitAda
         raise MisfitAdapter(f"rank {rank}: the slots hold 1 to {spec.max_rank}. Change adapter.rank or lora.max_rank")
     if not ALPHA_RANGE[0] <= alpha <= ALPHA_RANGE[1]:
         raise MisfitAdapter(f"alpha {alpha:g} is not between {ALPHA_RANGE[0]:g} and {ALPHA_RANGE[1]:g}")
-    pairs = {}
-    for path in sorted(spec.shapes):
-        out_features, in_features = spec.shapes[path]
-        bound = 1 / math.sqrt(in_features)
-        a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=_generator(seed, path))
-        pairs[path] = LoraPair(a, torch.zeros(out_features, rank), alpha / rank)
-    adapter = Adapter(pairs)
+    shapes = spec.shapes
+    adapter = Adapter({path: _fresh_pair(shapes[path], rank, alpha / rank, seed, path) for path in sorted(shapes)})
     digest = adapter.digest()
     report = {
         "kind": "fresh",
@@ -200,11 +274,20 @@ def fresh(spec: SlotSpec, rank: int, alpha: float, seed: int) -> PreparedInitAda
         "digest": digest,
         "rank": rank,
         "alpha": alpha,
-        "modules": len(pairs),
-        "kept": 0,
+        "modules": len(adapter.pairs),
         "notes": [],
     }
     return PreparedInitAdapter(adapter, rank, alpha, digest, report)
+
+
+def _fresh_pair(shape: Shape, rank: int, scale: float, seed: int, path: str) -> LoraPair:
+    return LoraPair(_fresh_a(shape, rank, seed, path), torch.zeros(*shape[:-1], rank), scale)
+
+
+def _fresh_a(shape: Shape, rank: int, seed: int, path: str) -> Tensor:
+    """[rank, in], for experts [E, rank, in]: expert after expert from one generator."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(*shape[:-2], rank, shape[-1]).uniform_(-bound, bound, generator=_generator(seed, path))
 
 
 def _generator(seed: int, path: str) -> torch.Generator:

@@ -1,34 +1,41 @@
 """A run's whole trainable state as a value, and its files inside a checkpoint.
 
-    trainer/rank_0.safetensors    `adapter.<module>.lora_A` ..., `exp_avg. ...`, `exp_avg_sq. ...`, all fp32
+    trainer/rank_N.safetensors    `adapter.<module>.lora_A` ..., `exp_avg. ...`, `exp_avg_sq. ...`, all fp32; with
+                                  several ranks, each has its piece of axis 0 of every tensor that is long enough
     trainer/state.json            TrainerState
     orchestrator/state.json       copied from the last consumed batch, if there was one
     reference/                    the run's starting adapter (PEFT), where its loss needs it
-    weight/                       STABLE and a PEFT adapter, ready for PEFT or vLLM
+    weight/                       STABLE and a PEFT adapter, ready for PEFT or vLLM, with the tokenizer files that came
+                                  with the adapter that the run started from
 
 The same writer serves the trainer, SFT and the converter: a reader cannot tell who wrote a checkpoint.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from graftwork.adapters.canonical import Adapter, LoraPair
-from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
+from graftwork.adapters.companions import Companions, read_companions
+from graftwork.adapters.formats.expert_layout import piece_of
+from graftwork.adapters.formats.peft_read import read_peft
+from graftwork.adapters.formats.peft_write import peft_files
+from graftwork.adapters.formats.tensor_file import tensor_chunks
 from graftwork.adapters.prepare import PreparedInitAdapter
+from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import AdapterError, CannotResume, Damaged
 from graftwork.store.checkpoint import WEIGHT, Checkpoint, Cursor, TrainerState
 from graftwork.store.disk import Staging, read_json
 
-RANK_FILE = "trainer/rank_0.safetensors"
+RANK_FILES = re.compile(r"trainer/rank_(0|[1-9][0-9]{0,5})\.safetensors", re.ASCII)
 STATE_FILE = "trainer/state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,14 +49,17 @@ class Snapshot:
     moments: tuple[Adapter, Adapter] | None
     reference: Adapter | None
     orchestrator_state: dict[str, Any] | None
+    companions: Companions = field(default_factory=dict)
 
 
-def snapshot_of(prepared: PreparedInitAdapter, base_fingerprint: str | None) -> Snapshot:
+def snapshot_of(
+    prepared: PreparedInitAdapter, base_fingerprint: str | None, companions: Companions | None = None
+) -> Snapshot:
     """The state before the first step: step_0 of a fresh run and of a warm start, whoever makes it.
 
     base_fingerprint: None when the base was not there to be looked at (the converter without a trainer.json).
     """
-    digest = prepared.adapter.digest()
+    digest = prepared.report["digest"]
     key = "seed" if prepared.report["kind"] == "fresh" else "source_digest"
     state = TrainerState(
         step=0,
@@ -62,22 +72,30 @@ def snapshot_of(prepared: PreparedInitAdapter, base_fingerprint: str | None) -> 
         known_digests={"0": [digest]},
         base_fingerprint=base_fingerprint,
     )
-    return Snapshot(state, prepared.adapter, None, None, None)
+    return Snapshot(state, prepared.adapter, None, None, None, companions or {})
 
 
-def write_snapshot(staging: Staging, snapshot: Snapshot, facts: PeftFacts) -> None:
-    """Fill a staged checkpoint folder. `facts` goes into the exported adapters, with the fingerprint of the base."""
+def write_snapshot(staging: Staging, snapshot: Snapshot, facts: AdapterFacts, ranks: int = 1) -> None:
+    """Fill a staged checkpoint folder. `facts` goes into the exported adapters, with the fingerprint of the base.
+
+    ranks: files that the trainer's tensors are cut into. Readers put any number together.
+    """
     facts = replace(facts, base_fingerprint=snapshot.state.base_fingerprint or facts.base_fingerprint)
     tensors = dict(_flatten("adapter", snapshot.adapter))
     for name, moments in zip(MOMENTS, snapshot.moments or (), strict=False):
         tensors.update(_flatten(name, moments))
-    staging.write(RANK_FILE, save_safetensors(tensors))
+    for rank in range(ranks):
+        pieces = {name: piece_of(tensor, rank, ranks) for name, tensor in tensors.items()}
+        held = {name: lambda t=piece: t for name, piece in pieces.items() if piece.numel()}
+        staging.write(_rank_file(rank), tensor_chunks(held, {}))
     staging.write_json(STATE_FILE, snapshot.state.to_json())
     if snapshot.orchestrator_state is not None:
         staging.write_json("orchestrator/state.json", snapshot.orchestrator_state)
     if snapshot.reference is not None:
         _write_adapter(staging, "reference", snapshot.reference, facts)
     _write_adapter(staging, WEIGHT, snapshot.adapter, facts)
+    for name, data in snapshot.companions.items():
+        staging.write(f"{WEIGHT}/{name}", data)
     staging.seal(WEIGHT, WEIGHT, {"step": snapshot.state.step, "digest": snapshot.adapter.digest()})
 
 
@@ -89,29 +107,49 @@ def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
     try:
         state_path = checkpoint.path / STATE_FILE
         state = TrainerState.from_json(read_json(state_path, "checkpoint"), state_path)
-        tensors = load_safetensors((checkpoint.path / RANK_FILE).read_bytes())
+        tensors = _read_ranks(checkpoint)
         exported = read_peft(checkpoint.path / WEIGHT).adapter
         adapter = _unflatten("adapter", tensors, exported)
         moments = None
         if state.optimizer_steps > 0:
             moments = (_unflatten(MOMENTS[0], tensors, exported), _unflatten(MOMENTS[1], tensors, exported))
         if left := sorted(tensors):
-            raise Damaged(f"{checkpoint.path / RANK_FILE}: unknown tensor {left[0]}")
+            raise Damaged(f"{checkpoint.path / 'trainer'}: unknown tensor {left[0]}")
         _check_agreement(state, adapter, exported)
         reference_path = checkpoint.path / "reference"
         reference = read_peft(reference_path).adapter if reference_path.is_dir() else None
         orchestrator_state = checkpoint.orchestrator_state
+        companions = read_companions(checkpoint.path / WEIGHT)
         if not checkpoint.step == state.step == state.cursor.step:
             raise Damaged(f"{state_path}: step {state.step}, cursor {state.cursor.step}, checkpoint {checkpoint.step}")
     except (Damaged, AdapterError, SafetensorError, OSError) as error:
         raise CannotResume(f"checkpoint {checkpoint.path} cannot be used: {error}") from None
-    return Snapshot(state, adapter, moments, reference, orchestrator_state)
+    return Snapshot(state, adapter, moments, reference, orchestrator_state, companions)
+
+
+def _rank_file(rank: int) -> str:
+    return f"trainer/rank_{rank}.safetensors"
+
+
+def _read_ranks(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Whole tensors out of all ranks' files. Raises Damaged when a rank's file is not there, or pieces do not fit."""
+    ranks = sorted(int(match[1]) for name in checkpoint.manifest.files if (match := RANK_FILES.fullmatch(name)))
+    if ranks != list(range(len(ranks))) or not ranks:
+        raise Damaged(f"{checkpoint.path / 'trainer'} has the files of ranks {ranks}, expected 0 to the last")
+    pieces: dict[str, list[Tensor]] = {}
+    for rank in ranks:
+        for name, tensor in load_safetensors((checkpoint.path / _rank_file(rank)).read_bytes()).items():
+            pieces.setdefault(name, []).append(tensor)
+    try:
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in pieces.items()}
+    except RuntimeError as error:
+        raise Damaged(f"{checkpoint.path / 'trainer'}: pieces of a tensor do not fit together ({error})") from None
 
 
 def _check_agreement(state: TrainerState, adapter: Adapter, exported: Adapter) -> None:
     """The three files tell of one adapter. Raises Damaged."""
     if adapter.digest() != exported.digest():
-        raise Damaged(f"{RANK_FILE} and {WEIGHT}/ hold different adapters")
+        raise Damaged(f"trainer/ and {WEIGHT}/ hold different adapters")
     for path, pair in adapter.pairs.items():
         if pair.rank != state.rank or pair.scale != state.alpha / state.rank:
             raise Damaged(
@@ -120,8 +158,8 @@ def _check_agreement(state: TrainerState, adapter: Adapter, exported: Adapter) -
             )
 
 
-def _write_adapter(staging: Staging, folder: str, adapter: Adapter, facts: PeftFacts) -> None:
-    for name, data in write_peft(adapter, facts).items():
+def _write_adapter(staging: Staging, folder: str, adapter: Adapter, facts: AdapterFacts) -> None:
+    for name, data in peft_files(adapter, facts).items():
         staging.write(f"{folder}/{name}", data)
 
 
@@ -144,7 +182,7 @@ def _unflatten(kind: str, tensors: dict[str, Tensor], like: Adapter) -> Adapter:
             if tensor is None or tensor.dtype != torch.float32 or tensor.shape != expected.shape:
                 found = "missing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise Damaged(
-                    f"{RANK_FILE}: tensor {kind}.{path}.{side} is {found}, expected torch.float32{list(expected.shape)}"
+                    f"trainer/: tensor {kind}.{path}.{side} is {found}, expected torch.float32{list(expected.shape)}"
                 )
             factors.append(tensor)
         pairs[path] = LoraPair(factors[0], factors[1], pair.scale)

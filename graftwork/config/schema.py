@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = ("all-linear",)
+"""Every linear layer of the base but its head, and its experts."""
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -60,7 +61,15 @@ class AdapterConfig(Section):
     rank: Positive | None = None
     """Rank of the run's adapter. Not given: the starting adapter's, else the trainer's max_rank."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Scale = alpha / rank. Not given: the starting adapter's, else 2 * rank."""
+    """Scale = alpha / rank. Not given: the scale is the starting adapter's, else alpha is 2 * rank."""
+    allow_lossy: bool = False
+    """A starting adapter of higher rank is cut to `rank` by SVD. It then computes another function; the report of the
+    import says how much was kept. false: it is refused."""
+    ignore: tuple[str, ...] = ()
+    """What to leave out of the starting adapter: modules, or fields of adapter_config.json that hold full copies
+    (modules_to_save). The function is then another, and the report says so."""
+    adapter_name: str | None = None
+    """Which adapter is meant, where the starting adapter's file holds several."""
 
 
 class OptimizerConfig(Section):
@@ -170,7 +179,8 @@ class LoraConfig(Section):
     max_rank: Positive = 16
     """Rank of the stacked slots; a run's rank is at most this."""
     target_modules: tuple[str, ...] = ALL_LINEAR
-    """Last part of the names of the linear layers that carry an adapter."""
+    """Last part of the names of the linear layers that carry an adapter; experts are named like the layers of a dense
+    MLP (gate_proj, up_proj, down_proj). ["all-linear"]: every linear layer but the head."""
 
 
 class ProgramSection(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork.adapters.formats.peft import read_peft
+from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec, prepare
 from graftwork.errors import BadRunId, MisfitAdapter
 from graftwork.inference.lanes import Source
@@ -62,7 +62,7 @@ def read_adapter(name: str, folder: Path, spec: SlotSpec, base_fingerprint: str)
             " not loaded; name the version that the folder holds",
             "lora_name",
         )
-    return Shelved(name, folder, prepare(source, spec, rank=None, alpha=None), digest)
+    return Shelved(name, folder, prepare(source, spec), digest)
 
 
 def digest8_of(name: str) -> str | None:

@@ -33,7 +33,8 @@ class Segment:
 class Factors:
     """The stacked factors of one module, and their gradient buffers where they train.
 
-    a [S, r, in], b [S, out, r] in the dtype of the activations; grad_a, grad_b likewise shaped, fp32.
+    a [S, r, in], b [S, out, r] in the dtype of the activations (experts: [S, E, r, in], [S, E, out, r]); grad_a, grad_b
+    likewise shaped, fp32.
     """
 
     a: Tensor
@@ -67,8 +68,8 @@ class _SlotLinear(torch.autograd.Function):
             rows = slice(segment.start, segment.stop)
             grad_rows = grad_y[rows]  # (rows, out)
             grad_u = (grad_rows @ b[segment.slot]) * segment.scale  # (rows, r)
-            _accumulate(factors.grad_b[segment.slot], grad_rows.T, u)
-            _accumulate(factors.grad_a[segment.slot], grad_u.T, x[rows])
+            accumulate(factors.grad_b[segment.slot], grad_rows.T, u)
+            accumulate(factors.grad_a[segment.slot], grad_u.T, x[rows])
             if grad_x is not None:
                 grad_x[rows].addmm_(grad_u, a[segment.slot])
         return grad_x, None, None, None, None, None
@@ -99,7 +100,7 @@ def _add_updates(y: Tensor, x: Tensor, factors: Factors, segments: Sequence[Segm
     return shrunk
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, the product in the activations' dtype, the sum in fp32."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)

@@ -8,13 +8,14 @@ stays zero, and so do its gradients (dA = B^T ... = 0 where B is 0, dB = ... A^T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graftwork.adapters.canonical import Adapter, LoraPair
+from graftwork.adapters.canonical import Adapter, LoraPair, Shape
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec
 from graftwork.lora.linear import Factors
 
@@ -23,12 +24,11 @@ ALIGN = 16  # floats: every factor starts on a 64-byte boundary of its row
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module's factors lie in a row: first element of A and of B, and the shapes."""
+    """Where a module's factors lie in a row: first element of A and of B, and the weight's shape."""
 
     a_start: int
     b_start: int
-    out_features: int
-    in_features: int
+    shape: Shape
 
 
 class SlotLayout:
@@ -39,26 +39,29 @@ class SlotLayout:
         self.places: dict[str, Place] = {}
         start = 0
         for path in sorted(spec.shapes):
-            out_features, in_features = spec.shapes[path]
-            a_start, start = start, start + _aligned(spec.max_rank * in_features)
-            b_start, start = start, start + _aligned(spec.max_rank * out_features)
-            self.places[path] = Place(a_start, b_start, out_features, in_features)
+            *experts, out_features, in_features = spec.shapes[path]
+            per_rank = math.prod(experts) * spec.max_rank
+            a_start, start = start, start + _aligned(per_rank * in_features)
+            b_start, start = start, start + _aligned(per_rank * out_features)
+            self.places[path] = Place(a_start, b_start, tuple(spec.shapes[path]))
         self.row_numel = start
 
     def factors(self, table: Tensor, path: str) -> tuple[Tensor, Tensor]:
-        """Views A [S, r, in] and B [S, out, r] of `table [S, P]`."""
+        """Views A [S, r, in] and B [S, out, r] of `table [S, P]`; experts A [S, E, r, in] and B [S, E, out, r]."""
         place, rank = self.places[path], self.spec.max_rank
-        a = table[:, place.a_start : place.a_start + rank * place.in_features]
-        b = table[:, place.b_start : place.b_start + rank * place.out_features]
-        return a.view(-1, rank, place.in_features), b.view(-1, place.out_features, rank)
+        *experts, out_features, in_features = place.shape
+        count = math.prod(experts) * rank
+        a = table[:, place.a_start : place.a_start + count * in_features]
+        b = table[:, place.b_start : place.b_start + count * out_features]
+        return a.view(-1, *experts, rank, in_features), b.view(-1, *experts, out_features, rank)
 
     def pack(self, adapter: Adapter) -> Tensor:
         """A row [P] fp32 on the CPU that holds `adapter`; rank beyond the adapter's is zero."""
         row = torch.zeros(1, self.row_numel)
         for path, pair in adapter.pairs.items():
             a, b = self.factors(row, path)
-            a[0, : pair.rank] = pair.a
-            b[0, :, : pair.rank] = pair.b
+            a[0][..., : pair.rank, :] = pair.a
+            b[0][..., : pair.rank] = pair.b
         return row[0]
 
     def unpack(self, row: Tensor, rank: int, scale: float) -> Adapter:
@@ -67,7 +70,8 @@ class SlotLayout:
         pairs = {}
         for path in self.places:
             a, b = self.factors(table, path)
-            pairs[path] = LoraPair(a[0, :rank].clone(), b[0, :, :rank].clone().contiguous(), scale)
+            own_a, own_b = a[0][..., :rank, :], b[0][..., :rank]
+            pairs[path] = LoraPair(_copied(own_a), _copied(own_b), scale)
         return Adapter(pairs)
 
 
@@ -145,6 +149,10 @@ class SlotBank:
     def free_slot(self) -> int | None:
         """The lowest free slot."""
         return next((slot for slot, held in enumerate(self.held) if held is None), None)
+
+
+def _copied(view: Tensor) -> Tensor:
+    return view.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned(count: int) -> int:

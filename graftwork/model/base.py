@@ -1,72 +1,28 @@
-"""Load the frozen base with transformers and put slots into its linear layers."""
+"""Load the frozen base with transformers and put slots into it (model/inject.py)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from graftwork.adapters.prepare import SlotSpec
 from graftwork.config.schema import LoraConfig, ModelConfig
 from graftwork.errors import ModelError
-from graftwork.lora.linear import Segment, slot_linear
 from graftwork.lora.slots import SlotBank
 from graftwork.model import attention
 from graftwork.model.attention import AttentionPlan
+from graftwork.model.inject import Route, Routing, inject
 
 FINGERPRINT_SAMPLES = 4096  # numbers of each tensor that go into the fingerprint
 ARCHITECTURE = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which rows of a forward pass belong to which slot of which bank."""
-
-    bank: SlotBank
-    segments: Sequence[Segment]
-
-
-@dataclass
-class Routing:
-    """The route of the forward pass that is running. transformers hands its MLPs nothing but activations, so the
-    layers of one model share this object; it belongs to the model, and is set for the time of one call."""
-
-    current: Route | None = field(default=None)
-
-    @contextmanager
-    def using(self, route: Route) -> Iterator[None]:
-        assert self.current is None, "a forward pass is running already"
-        self.current = route
-        try:
-            yield
-        finally:
-            self.current = None
-
-
-class SlotLinear(nn.Module):
-    """A frozen linear layer of the base that adds, row by row, what the route says. It holds no adapter weights."""
-
-    def __init__(self, path: str, base: nn.Linear, routing: Routing) -> None:
-        super().__init__()
-        self.path, self.routing = path, routing
-        self.weight, self.bias = base.weight, base.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        route = self.routing.current
-        assert route is not None, "the base is called through BaseModel.hidden"
-        rows = x.reshape(-1, x.shape[-1])
-        factors = route.bank.factors[self.path]
-        y = slot_linear(rows, self.weight, self.bias, factors, route.segments, route.bank.anchor)
-        return y.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +56,16 @@ class BaseModel:
 
     @property
     def max_positions(self) -> int:
-        return int(self.config.max_position_embeddings)
+        """Longest sequence that the plain causal forward pass computes as the architecture means it: within the window
+        of sliding attention, and before position embeddings are rescaled for long texts."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        rescaled = rope.get("rope_type") in ("dynamic", "longrope")
+        limits = (
+            self.config.max_position_embeddings,
+            getattr(self.config, "sliding_window", None),
+            getattr(self.config, "original_max_position_embeddings", None) if rescaled else None,
+        )
+        return min(int(limit) for limit in limits if limit is not None)
 
     def new_bank(self, slots: int, *, gradients: bool) -> SlotBank:
         return SlotBank(self.spec, slots, device=self.device, dtype=self.dtype, gradients=gradients)
@@ -121,15 +86,30 @@ def load_base(model: ModelConfig, lora: LoraConfig) -> BaseModel:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, attn_implementation=attention.NAME)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the base model {model.path!r}: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"cannot load the base model {model.path!r}: {_first_line(error)}") from None
     nn.Module.to(loaded, device).eval().requires_grad_(False)
     _refuse_unusual(loaded, model.path)
     fingerprint = _fingerprint(loaded)
     routing = Routing()
-    shapes = _inject(loaded, lora.target_modules, routing)
-    spec = SlotSpec(lora.max_rank, shapes)
+    spec = SlotSpec(lora.max_rank, inject(loaded, lora.target_modules, routing))
     head = loaded.get_output_embeddings().weight
     return BaseModel(loaded.base_model, head, routing, spec, fingerprint, loaded.config)
+
+
+def slot_spec(path: str, lora: LoraConfig) -> SlotSpec:
+    """The slots that a base would have, from its config.json alone: no weight is read. Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot make out the base model {path!r}: {_first_line(error)}") from None
+    _refuse_unusual(model, path)
+    return SlotSpec(lora.max_rank, inject(model, lora.target_modules, Routing()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def pick_device(name: str) -> torch.device:
@@ -171,27 +151,6 @@ def _refuse_unusual(model: PreTrainedModel, path: str) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError(f"{path}: its head is {type(head).__name__}, expected a linear layer without bias")
-
-
-def _inject(model: PreTrainedModel, targets: Sequence[str], routing: Routing) -> dict[str, tuple[int, int]]:
-    """Replace every target layer; return module path -> (out, in). Raises ModelError if a target name finds none."""
-    shapes: dict[str, tuple[int, int]] = {}
-    found: set[str] = set()
-    for path, module in list(model.named_modules()):
-        parent_path, _, name = path.rpartition(".")
-        if name not in targets or not isinstance(module, nn.Linear):
-            continue
-        setattr(model.get_submodule(parent_path), name, SlotLinear(path, module, routing))
-        shapes[path] = (module.out_features, module.in_features)
-        found.add(name)
-    if missing := sorted(set(targets) - found):
-        linear = sorted(
-            {p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear | SlotLinear)}
-        )
-        raise ModelError(
-            f"{type(model).__name__} has no linear layer named {', '.join(missing)}; it has {', '.join(linear)}"
-        )
-    return shapes
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

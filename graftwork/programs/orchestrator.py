@@ -96,7 +96,7 @@ async def warm_start(tree: RunTree, config: RunConfig) -> None:
         return
     if not Path(adapter).is_dir():
         raise ConfigError(f"run {tree.id}: init_adapter_path = {adapter!r} is no folder; the run does not start")
-    command = (sys.executable, "-m", "graftwork", "convert", adapter, str(tree.root))
+    command = (sys.executable, "-m", "graftwork", "convert", *import_flags(config), adapter, str(tree.root))
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -117,6 +117,17 @@ async def warm_start(tree: RunTree, config: RunConfig) -> None:
         )
     for line in out.splitlines():
         log.info("run %s: convert: %s", tree.id, line)
+
+
+def import_flags(config: RunConfig) -> list[str]:
+    """What the run wants of its starting adapter, as options of `graftwork convert`."""
+    wish = config.adapter
+    flags = ["--seed", str(config.seed)]
+    flags += [] if wish.rank is None else ["--rank", str(wish.rank)]
+    flags += [] if wish.alpha is None else ["--alpha", repr(wish.alpha)]
+    flags += ["--allow-lossy"] if wish.allow_lossy else []
+    flags += [] if wish.adapter_name is None else ["--adapter", wish.adapter_name]
+    return [*flags, *(part for name in wish.ignore for part in ("--ignore", name))]
 
 
 def refuse_another_source(tree: RunTree, adapter: str, steps: list[int]) -> None:

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
+from graftwork.adapters.companions import read_companions
+from graftwork.adapters.formats.peft_read import Choice, read_peft
+from graftwork.adapters.formats.peft_write import peft_files
+from graftwork.adapters.report import lines_of
 from graftwork.adapters.snapshot import write_snapshot
+from graftwork.adapters.source import AdapterFacts, digest_of
 from graftwork.config.schema import SftConfig
 from graftwork.errors import ConfigError
 from graftwork.model.base import BaseModel, load_base
@@ -21,7 +25,7 @@ from graftwork.store.disk import Disk, Staging, json_line, read_lines
 from graftwork.store.layout import stable_steps
 from graftwork.training.learner import Banks, Learner, LearnerConfig
 from graftwork.training.packer import Example
-from graftwork.training.sft_data import conversations, digest_of, example_of
+from graftwork.training.sft_data import conversations, digest_of_examples, example_of
 from graftwork.training.start import make_step_0, open_start
 
 log = logging.getLogger(__name__)
@@ -56,7 +60,7 @@ def one_step(learner: Learner, examples: Sequence[Example]) -> dict[str, Any]:
     began = time.monotonic()
     for micro in learner.plan(examples):
         learner.learn(micro)
-    outcome, sums = learner.step(digest_of(examples))
+    outcome, sums = learner.step(digest_of_examples(examples))
     return {
         "step": learner.state.step,
         "loss": sums.loss,
@@ -79,12 +83,18 @@ def start(disk: Disk, config: SftConfig, base: BaseModel) -> Learner:
         raise ConfigError(
             f"{checkpoints} goes up to step {steps[-1]}: --resume goes on from there, or choose another output_dir"
         )
-    source = read_peft(Path(config.init_adapter_path)) if config.init_adapter_path and not config.resume else None
+    source, companions = None, dict[str, bytes]()
+    if config.init_adapter_path and not config.resume:
+        folder = Path(config.init_adapter_path)
+        source = read_peft(folder, Choice(config.adapter.ignore, config.adapter.adapter_name))
+        companions = read_companions(folder)
     if not steps and not config.resume:
-        facts = PeftFacts(config.model.path, base.fingerprint)
-        make_step_0(disk, checkpoints, base, source, config.adapter, config.seed, facts)
-    _, snapshot = open_start(checkpoints, None, base, config.adapter, needs_reference=False)
-    if source is not None and snapshot.state.start.get("source_digest") != source.adapter.digest():
+        facts = AdapterFacts(config.model.path, base.fingerprint)
+        made = make_step_0(disk, checkpoints, base, source, config.adapter, config.seed, facts, companions)
+        for line in lines_of(made.report):
+            log.info("sft: start: %s", line)
+    _, snapshot = open_start(checkpoints, None, base, config.adapter, config.seed, needs_reference=False)
+    if source is not None and snapshot.state.start.get("source_digest") != digest_of(source):
         raise ConfigError(
             f"{checkpoints}/step_0 is not made from {config.init_adapter_path}; move it away, or drop that setting"
         )
@@ -102,7 +112,7 @@ def save(disk: Disk, output: Path, learner: Learner, config: SftConfig) -> None:
     """Publish the checkpoint of the step that the learner is at."""
 
     def fill(staging: Staging) -> None:
-        write_snapshot(staging, learner.snapshot(None), PeftFacts(config.model.path, learner.state.base_fingerprint))
+        write_snapshot(staging, learner.snapshot(None), AdapterFacts(config.model.path, learner.state.base_fingerprint))
 
     save_checkpoint(disk, output / "checkpoints", learner.state.step, fill)
 
@@ -113,7 +123,10 @@ def export(disk: Disk, target: Path, learner: Learner, config: SftConfig) -> Non
         disk.quarantine(target, target.parent / ".trash")
     adapter = learner.adapter()
     with disk.publish_dir(target, "adapter", {"digest": adapter.digest(), "step": learner.state.step}) as staging:
-        for name, data in write_peft(adapter, PeftFacts(config.model.path, learner.state.base_fingerprint)).items():
+        files = peft_files(adapter, AdapterFacts(config.model.path, learner.state.base_fingerprint))
+        for name, pieces in files.items():
+            staging.write(name, pieces)
+        for name, data in learner.companions.items():
             staging.write(name, data)
 
 

@@ -109,6 +109,11 @@ def open_checkpoint(checkpoints: Path, step: int | None = None) -> Checkpoint:
     folder = step_folder(checkpoints, wanted)
     if not is_stable(folder):
         raise CannotResume(f"no checkpoint at {folder}; there are steps {', '.join(map(str, steps))}")
+    if (folder / "trainer" / "rank_0.pt").exists():
+        raise CannotResume(
+            f"{folder} is a checkpoint of an older trainer (rank_0.pt), which is never opened here; make an adapter of "
+            f"it: graftwork convert {folder} ADAPTER_DIR, and start from that (init_adapter_path)"
+        )
     try:
         manifest = verify(folder, CHECKPOINT)
         if manifest.facts.get("step") != wanted:

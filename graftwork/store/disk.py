@@ -17,7 +17,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +75,31 @@ class FileFacts:
                 digest.update(chunk)
                 size += len(chunk)
         return FileFacts(size, digest.hexdigest())
+
+
+Pieces = Iterable[bytes | memoryview]
+Content = bytes | Pieces
+"""A file's bytes, whole or in pieces, in order."""
+
+
+def pieces(data: Content) -> Pieces:
+    return [data] if isinstance(data, bytes) else data
+
+
+class Hashing:
+    """Pieces of a file on their way to it; afterwards, what the file must hold."""
+
+    def __init__(self, data: Content) -> None:
+        self.data, self.size, self.digest = data, 0, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        for piece in pieces(self.data):
+            self.digest.update(piece)
+            self.size += len(piece)
+            yield piece
+
+    def facts(self) -> FileFacts:
+        return FileFacts(self.size, self.digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -146,6 +171,7 @@ class Staging:
     root: Path
     facts: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None
+    written: dict[Path, FileFacts] = field(default_factory=dict)
 
     @property
     def published(self) -> Manifest:
@@ -153,10 +179,13 @@ class Staging:
         assert self.manifest is not None, "not published yet"
         return self.manifest
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: Content) -> None:
+        """Bytes, or pieces of bytes that are hashed as they pass."""
         path = self.root / name
         self.disk.make_folder(path.parent)
-        self.disk.write(path, data)
+        passing = Hashing(data)
+        self.disk.write(path, passing)
+        self.written[path] = passing.facts()
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, dump_json(value))
@@ -165,8 +194,8 @@ class Staging:
         """Write the manifest of a folder inside this one (or of this one: `folder` = ".")."""
         root = self.root / folder
         names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-        manifest = Manifest(kind, facts, {name: FileFacts.of(root / name) for name in names})
-        self.disk.write(root / MANIFEST, manifest.to_bytes())
+        manifest = Manifest(kind, facts, {name: self.written[root / name] for name in names})
+        self.write((Path(folder) / MANIFEST).as_posix(), manifest.to_bytes())
         return manifest
 
 
@@ -189,10 +218,11 @@ class Disk:
     def make_folder(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: Content) -> None:
         """Create `path`, which must not exist, write `data` and fsync it."""
         with path.open("xb") as file:
-            file.write(data)
+            for piece in pieces(data):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
 

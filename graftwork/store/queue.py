@@ -20,6 +20,7 @@ No wall-clock time goes into a batch: the same run sampled twice gives the same 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from graftwork.errors import BadBatch, BadRunId, Conflict, Damaged
-from graftwork.store.disk import Disk, Manifest, is_stable, read_json, verify
+from graftwork.store.disk import Content, Disk, Manifest, is_stable, read_json, verify
 from graftwork.store.layout import RunId, RunTree
 
 BATCH = "batch"
@@ -219,7 +220,7 @@ def read_version(tree: RunTree, step: int) -> Published | None:
 
 
 def publish_version(
-    disk: Disk, tree: RunTree, version: Version, files: dict[str, bytes], facts: dict[str, Any]
+    disk: Disk, tree: RunTree, version: Version, files: Mapping[str, Content], facts: dict[str, Any]
 ) -> Published:
     """Publish `broadcasts/step_k`. The same step with the same digest again is a no-op; with another digest the old
     folder is set aside (trash) first: readers that hold it open keep it, its digest stays known to the trainer.

@@ -80,6 +80,7 @@ class Learner:
     def __init__(self, banks: Banks, slot: int, config: LearnerConfig, snapshot: Snapshot) -> None:
         self.banks, self.slot, self.config = banks, slot, config
         self.state = snapshot.state
+        self.companions = snapshot.companions
         self.sums = Sums()
         banks.reset(slot)
         banks.training.write(slot, _prepared(snapshot.adapter, self.state.rank, self.state.alpha))
@@ -165,7 +166,7 @@ class Learner:
         if self.optimizer.moments is not None:
             first, second = self.optimizer.moments
             moments = (layout.unpack(first, held.rank, held.scale), layout.unpack(second, held.rank, held.scale))
-        return Snapshot(self.state, self.adapter(), moments, self.reference, orchestrator_state)
+        return Snapshot(self.state, self.adapter(), moments, self.reference, orchestrator_state, self.companions)
 
     def release(self) -> None:
         """Leave the slot zeroed."""

@@ -79,7 +79,7 @@ def example_of(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> Example
     return Example(np.array(token_ids, np.int32), np.array(mask, bool), np.zeros(len(token_ids), np.float32), 1.0)
 
 
-def digest_of(examples: Sequence[Example]) -> str:
+def digest_of_examples(examples: Sequence[Example]) -> str:
     """Names a supervised batch, for the cursor's chain."""
     digest = hashlib.sha256()
     for example in examples:

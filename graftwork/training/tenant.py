@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graftwork.adapters.formats.peft import PeftFacts, write_peft
+from graftwork.adapters.formats.peft_write import peft_files
 from graftwork.adapters.snapshot import write_snapshot
+from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import RunConfig
 from graftwork.errors import RunError, StaleBatch
 from graftwork.store.checkpoint import Checkpoint, save_checkpoint
@@ -39,7 +40,7 @@ class Tenant:
     ) -> None:
         self.disk, self.tree, self.config, self.status, self.learner = disk, tree, config, status, learner
         self.max_tokens = max_tokens
-        self.facts = PeftFacts(config.model.path, learner.state.base_fingerprint)
+        self.facts = AdapterFacts(config.model.path, learner.state.base_fingerprint)
         self.orchestrator_state: dict[str, Any] | None = None
         self.known: dict[int, list[str]] = {int(k): list(v) for k, v in learner.state.known_digests.items()}
         self.work: Work | None = None
@@ -159,9 +160,9 @@ class Tenant:
         self._must_be_there()
         adapter, state = self.learner.adapter(), self.learner.state
         version = Version(self.tree.id, state.step, adapter.digest())
-        files = write_peft(adapter, self.facts)
+        files = peft_files(adapter, self.facts)
         if state.step == 0:
-            files["report.json"] = json_line(state.start).encode()
+            files["report.json"] = [json_line(state.start).encode()]
         facts = {"skipped": skipped, "base_fingerprint": state.base_fingerprint, "chain": state.cursor.chain}
         publish_version(self.disk, self.tree, version, files, facts)
         self._know(state.step, version.digest)

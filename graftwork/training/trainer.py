@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
-from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft
+from graftwork.adapters.formats.peft_read import read_peft
+from graftwork.adapters.report import lines_of
 from graftwork.adapters.snapshot import Snapshot
+from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.config.schema import AdapterConfig, RunConfig, TrainerConfig
 from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel
@@ -45,7 +47,7 @@ from graftwork.training.tenant import Tenant
 log = logging.getLogger(__name__)
 
 
-def door_at(path: str | None) -> PeftAdapter | None:
+def door_at(path: str | None) -> InMemory | None:
     """The trainer's own init adapter, read once. Raises AdapterError."""
     return None if path is None else read_peft(Path(path))
 
@@ -57,7 +59,7 @@ class Trainer:
     config: TrainerConfig
     base: BaseModel
     disk: Disk
-    door: PeftAdapter | None
+    door: InMemory | None
     banks: Banks = field(init=False)
     tenants: dict[RunId, Tenant] = field(default_factory=dict)
     ended: set[RunId] = field(default_factory=set)
@@ -79,7 +81,7 @@ class Trainer:
         """
         claim = self.disk.claim(self.outputs.trainer_lock, "a trainer")
         if self.door is not None:
-            self.banks.training.write(0, prepare_for(self.base, self.door, AdapterConfig()))
+            self.banks.training.write(0, prepare_for(self.base, self.door, AdapterConfig(), 0))
         about = {
             "pid": os.getpid(),
             "base": self.config.model.path,
@@ -227,11 +229,13 @@ class Trainer:
         assert config is not None
         step = start.step if isinstance(start, FromCheckpoint) else 0
         if not isinstance(start, FromCheckpoint):
-            facts = PeftFacts(config.model.path, self.base.fingerprint)
-            make_step_0(self.disk, tree.checkpoints, self.base, self.door, config.adapter, config.seed, facts)
+            facts = AdapterFacts(config.model.path, self.base.fingerprint)
+            made = make_step_0(self.disk, tree.checkpoints, self.base, self.door, config.adapter, config.seed, facts)
+            for line in lines_of(made.report):
+                log.info("run %s: step_0: %s", tree.id, line)
         needs_reference = config.loss.kl_coefficient > 0
         checkpoint, snapshot = open_start(
-            tree.checkpoints, step, self.base, config.adapter, needs_reference=needs_reference
+            tree.checkpoints, step, self.base, config.adapter, config.seed, needs_reference=needs_reference
         )
         if seen.status is not None and seen.status.state == "evicted":  # asked to try again: it gets all its tries
             snapshot = replace(snapshot, state=replace(snapshot.state, skipped_in_a_row=0))

@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from support import random_adapter
 
 from graftwork.adapters.convert import convert_adapter
-from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft, write_peft
+from graftwork.adapters.formats.peft_read import read_peft
+from graftwork.adapters.formats.peft_write import write_peft
+from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.errors import AdapterError, UnreadableAdapter, UnsupportedAdapter
 from graftwork.store.disk import Disk
 
@@ -31,7 +33,7 @@ Break = Callable[[Path], object]
 
 def good_folder(folder: Path) -> Path:
     folder.mkdir()
-    for name, data in write_peft(random_adapter(SHAPES, 2), PeftFacts("base")).items():
+    for name, data in write_peft(random_adapter(SHAPES, 2), AdapterFacts("base")).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -182,6 +184,49 @@ def swapped_shapes(about: dict[str, Any]) -> None:
     about[Q_A]["shape"], about[Q_B]["shape"] = about[Q_B]["shape"], about[Q_A]["shape"]
 
 
+def both(one: Break, other: Break) -> Break:
+    def spoil(folder: Path) -> None:
+        one(folder)
+        other(folder)
+
+    return spoil
+
+
+def added_tensors(shapes: Mapping[str, list[int]]) -> Break:
+    """More tensors, of zeros, at the end of the file."""
+
+    def spoil(folder: Path) -> None:
+        for name, shape in shapes.items():
+            added(f"base_model.model.{name}", shape)(folder)
+
+    return spoil
+
+
+def pair_of(path: str, a: list[int], b: list[int]) -> dict[str, list[int]]:
+    return {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+
+
+def expert(number: int) -> Break:
+    return added_tensors(pair_of(f"x.experts.{number}.up_proj", [2, 8], [6, 2]))
+
+
+def two_experts(first: list[int], second: list[int]) -> Break:
+    one, two = pair_of("x.experts.0.up_proj", first, [6, 2]), pair_of("x.experts.1.up_proj", second, [6, 2])
+    return added_tensors({**one, **two})
+
+
+def added_pair(*paths: str) -> Break:
+    return added_tensors({name: shape for path in paths for name, shape in pair_of(path, [2, 8], [6, 2]).items()})
+
+
+def stack(a: list[int], b: list[int], part: str = "up_proj") -> Break:
+    return added_tensors(pair_of(f"x.experts.{part}", a, b))
+
+
+def flat(a: list[int], b: list[int], *, inner: bool = True) -> Break:
+    return added_tensors(pair_of("x.experts.base_layer" if inner else "x.experts", a, b))
+
+
 U, S = UnreadableAdapter, UnsupportedAdapter
 LONG = 10**5
 CASES: list[tuple[str, Break, type[AdapterError], str]] = [
@@ -220,8 +265,6 @@ CASES: list[tuple[str, Break, type[AdapterError], str]] = [
     ("no type", config(peft_type=...), U, "peft_type is missing"),
     ("another type", config(peft_type="IA3"), S, "peft_type = 'IA3'"),
     ("dora", config(use_dora=True), S, "use_dora = True: DoRA"),
-    ("biases", config(bias="all"), S, "bias = 'all'"),
-    ("lora biases", config(lora_bias=True), S, "lora_bias = True"),
     ("saved modules", config(modules_to_save=["lm_head"]), S, "modules_to_save"),
     ("token indices", config(trainable_token_indices=[1]), S, "trainable_token_indices"),
     ("tied weights", config(ensure_weight_tying=True), S, "ensure_weight_tying"),
@@ -239,9 +282,24 @@ CASES: list[tuple[str, Break, type[AdapterError], str]] = [
     ("loftq", config(init_lora_weights="loftq"), S, "init_lora_weights"),
     ("lora_ga", config(init_lora_weights="lora_ga"), S, "init_lora_weights"),
     ("unknown init", config(init_lora_weights={"a": 1}), S, "init_lora_weights = a dict"),
-    ("rank pattern", config(rank_pattern={"q_proj": 4}), S, "rank_pattern = a dict: not yet supported"),
-    ("alpha pattern", config(alpha_pattern={"(a+)+$": 4}), S, "alpha_pattern = a dict: not yet supported"),
-    ("fused experts", config(target_parameters=["experts.down_proj"]), S, "target_parameters"),
+    (
+        "alpha pattern with a regular expression",
+        config(alpha_pattern={"(a+)+$": 4}),
+        S,
+        "'(a+)+$', a regular expression",
+    ),
+    ("alpha pattern a list", config(alpha_pattern=[1]), U, "alpha_pattern is a list"),
+    ("alpha pattern of a text", config(alpha_pattern={"q_proj": "4"}), U, "alpha_pattern['q_proj'] is '4'"),
+    ("rank pattern of zero", config(rank_pattern={"q_proj": 0}), U, "rank_pattern['q_proj'] is 0"),
+    (
+        "rank pattern against the tensors",
+        config(rank_pattern={"q_proj": 4}),
+        U,
+        "so rank 2; adapter_config.json says r = 4",
+    ),
+    ("rank pattern of 1000000", config(rank_pattern={"(a+)+$": 10**6}), U, "is 1000000"),
+    ("target parameters a text", config(target_parameters="experts.down_proj"), U, "target_parameters is 'experts"),
+    ("unknown kind of bias", config(bias="some"), S, "bias = 'some'"),
     ("unknown field", config(use_mystery=True), S, "use_mystery = True"),
     ("terminal codes", config(**{"\x1b[2J": "\x1b[31m"}), S, "'\\x1b[2J' = '\\x1b[31m'"),
     ("lone surrogate", config_text('"r": 2', '"r": 2, "\\ud800": 1'), S, "'\\ud800' = 1"),
@@ -296,7 +354,6 @@ CASES: list[tuple[str, Break, type[AdapterError], str]] = [
     ("empty tensor", added("base_model.model.x.lora_A.weight", [2, 0]), U, "x.lora_B"),
     ("unknown tensor", added("base_model.model.lm_head.weight", [2, 2]), S, "lm_head.weight is no LoRA factor"),
     ("int8 tensor", added("base_model.model.x.lora_A.weight", [2, 2], "I8"), S, "has dtype I8"),
-    ("no prefix", renamed(Q_A, Q_A.removeprefix("base_model.model.")), S, "is no LoRA factor"),
     ("path out of the folder", renamed(Q_A, "base_model.model.../../etc.lora_A.weight"), S, "is no LoRA factor"),
     ("name with a slash", renamed(Q_A, "base_model.model./etc/passwd.lora_A.weight"), S, "is no LoRA factor"),
     ("name empty", renamed(Q_A, ""), U, "not a name that a module can have"),
@@ -306,8 +363,28 @@ CASES: list[tuple[str, Break, type[AdapterError], str]] = [
     ("two adapter names", renamed(Q_A, Q_A.replace("lora_A.", "lora_A.other.")), S, "several adapters"),
     ("embedding", added("base_model.model.e.lora_embedding_A", [2, 2]), S, "LoRA on embeddings"),
     ("dora's magnitudes", added("base_model.model.x.lora_magnitude_vector", [2]), S, "DoRA"),
-    ("bias of B", added("base_model.model.x.lora_B.bias", [2]), S, "a trained bias"),
-    ("fused experts' tensors", added("base_model.model.experts.base_layer.lora_A.weight", [2, 2]), S, "fused expert"),
+    ("bias of B", both(added("base_model.model.x.lora_B.bias", [2]), number(1.0)), S, "a trained bias"),
+    (
+        "half of the experts' pair",
+        added("base_model.model.experts.base_layer.lora_A.weight", [2, 2]),
+        U,
+        "half of a pair",
+    ),
+    (
+        "nested wrappers",
+        added("base_model.model.experts.base_layer.base_layer.lora_A.weight", [2, 2]),
+        S,
+        "more than two",
+    ),
+    ("expert 10^9", expert(10**9), S, "at most 4096 experts"),
+    ("experts of other shapes", two_experts([2, 8], [2, 9]), U, "experts of one layer are alike"),
+    ("expert 1 twice", added_pair("x.experts.1.up_proj", "x.experts.01.up_proj"), U, "are the same factor"),
+    ("a stack without a count", stack([2, 8], [6, 2]), S, "how many there are is unknown"),
+    ("a stack of two counts", stack([3, 2, 8], [4, 6, 2]), U, "A is of 3 experts, B of 4"),
+    ("gate above up of odd height", stack([3, 2, 8], [3, 7, 2], "gate_up_proj"), U, "even number"),
+    ("flat experts of no whole number", flat([5, 8], [6, 5]), U, "no number of experts x rank"),
+    ("flat experts of two counts", flat([6, 8], [6, 8]), U, "differ in experts x rank"),
+    ("flat experts of an unnamed parameter", flat([6, 8], [6, 6], inner=False), S, "must say which"),
     ("NaN", number(float("nan")), U, "lora_B.weight[0, 0] is nan"),
     ("infinity", number(float("inf")), U, "lora_B.weight[0, 0] is inf"),
     ("minus infinity", number(float("-inf")), U, "lora_B.weight[0, 0] is -inf"),
@@ -327,7 +404,7 @@ def test_a_hostile_folder_is_a_named_error_at_once_and_leaves_no_trace(
     before = tree(tmp_path)
     started = time.thread_time()
     with pytest.raises(AdapterError) as caught:
-        convert_adapter(Disk(), folder, tmp_path / "outputs" / "run_x", trainer_json=None)
+        convert_adapter(Disk(), folder, tmp_path / "outputs" / "run_x")
     assert time.thread_time() - started < 1, "seconds of work; a wait ends with the test's own limit"
     assert type(caught.value) is kind
     message = str(caught.value)
@@ -363,16 +440,16 @@ def test_patterns_names_and_addresses_are_not_used(tmp_path: Path, monkeypatch: 
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftwork.adapters.formats import peft
+    from graftwork.adapters.formats import pieces
 
     folder = good_folder(tmp_path / "adapter")
-    original = peft._check_pair
+    original = pieces._matrix
 
-    def cut_then_check(*args: Any) -> None:
+    def cut_then_check(*args: Any) -> Any:
         os.truncate(folder / TENSORS, (folder / TENSORS).stat().st_size - 1)
-        original(*args)
+        return original(*args)
 
-    monkeypatch.setattr(peft, "_check_pair", cut_then_check)
+    monkeypatch.setattr(pieces, "_matrix", cut_then_check)
     with pytest.raises(UnreadableAdapter, match="the file ended"):
         read_peft(folder)
 
@@ -383,7 +460,7 @@ def test_any_damage_is_an_adapter_or_an_adapter_error(tmp_path: Path, data: st.D
     folder = tmp_path / "adapter"
     if not folder.exists():
         good_folder(folder)
-    files = write_peft(random_adapter(SHAPES, 2), PeftFacts("base"))
+    files = write_peft(random_adapter(SHAPES, 2), AdapterFacts("base"))
     name = data.draw(st.sampled_from(sorted(files)))
     spoilt = bytearray(files[name])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -396,4 +473,4 @@ def test_any_damage_is_an_adapter_or_an_adapter_error(tmp_path: Path, data: st.D
     except AdapterError as error:
         assert str(folder) in str(error)
     else:
-        assert isinstance(found, PeftAdapter)
+        assert isinstance(found, InMemory)

@@ -22,7 +22,8 @@ from fastapi.testclient import TestClient
 from support import random_adapter
 
 from graftwork.adapters.canonical import Adapter
-from graftwork.adapters.formats.peft import PeftFacts, write_peft
+from graftwork.adapters.formats.peft_write import write_peft
+from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import LoraConfig, ModelConfig, SamplingConfig
 from graftwork.errors import ConfigError
 from graftwork.inference.engine import Engine
@@ -58,7 +59,7 @@ class Letters:
 def publish(root: Path, adapter: Adapter, step: int = 0) -> Published:
     tree = RunTree(RunId("r"), root / "run_r")
     version = Version(tree.id, step, adapter.digest())
-    return publish_version(Disk(), tree, version, write_peft(adapter, PeftFacts()), {})
+    return publish_version(Disk(), tree, version, write_peft(adapter, AdapterFacts()), {})
 
 
 @pytest.fixture(scope="module")

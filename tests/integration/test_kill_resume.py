@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from support import random_adapter
 
-from graftwork.adapters.formats.peft import PeftFacts, write_peft
+from graftwork.adapters.formats.peft_write import write_peft
+from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import LoraConfig, ModelConfig
 from graftwork.model.base import load_base
 from graftwork.store.disk import Disk
@@ -23,7 +24,7 @@ def wild_adapter(folder: Path) -> Path:
     base = load_base(ModelConfig(path=str(EXAMPLE / "base"), dtype="float32", device="cpu"), LoraConfig())
     adapter = random_adapter(base.spec.shapes, 16, scale=2.0, size=0.1)
     with Disk().publish_dir(folder, "adapter", {}) as staging:
-        for name, data in write_peft(adapter, PeftFacts()).items():
+        for name, data in write_peft(adapter, AdapterFacts()).items():
             staging.write(name, data)
     return folder
 

@@ -9,8 +9,9 @@ from support import VOCAB, random_adapter, random_batch
 from test_trainer import DISK, Lab
 from transformers import AutoModelForCausalLM
 
-from graftwork.adapters.formats.peft import PeftFacts, write_peft
+from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.prepare import PreparedInitAdapter
+from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import AdapterConfig, ModelConfig
 from graftwork.lora.linear import Segment
 from graftwork.model.attention import Group, PackedPlan
@@ -46,7 +47,7 @@ def test_a_slot_computes_what_peft_computes(
 ) -> None:
     adapter = random_adapter(tiny.spec.shapes, 3, scale=1.5)
     with DISK.publish_dir(tmp_path / "adapter", "adapter", {}) as staging:
-        for name, data in write_peft(adapter, PeftFacts()).items():
+        for name, data in write_peft(adapter, AdapterFacts()).items():
             staging.write(name, data)
     bank = tiny.new_bank(12, gradients=False)
     bank.write(slot, PreparedInitAdapter(adapter, 3, 4.5, "", {}))

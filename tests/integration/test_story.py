@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftwork.adapters.formats.peft import read_peft
+from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import PreparedInitAdapter
 from graftwork.config.load import dump, load
 from graftwork.config.schema import LoraConfig, ModelConfig, RunConfig, SftConfig

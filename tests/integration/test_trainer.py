@@ -12,7 +12,9 @@ import torch
 from support import random_adapter, random_batch
 
 from graftwork.adapters.convert import convert_adapter
-from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
+from graftwork.adapters.formats.peft_read import read_peft
+from graftwork.adapters.formats.peft_write import write_peft
+from graftwork.adapters.source import AdapterFacts
 from graftwork.config.load import dump
 from graftwork.config.schema import (
     AdapterConfig,
@@ -83,7 +85,7 @@ def status_of(tree: RunTree) -> Status:
 def save_adapter(folder: Path, base: BaseModel, rank: int = 4, seed: int = 5, scale: float = 2.0) -> Path:
     adapter = random_adapter(base.spec.shapes, rank, seed=seed, scale=scale)
     with DISK.publish_dir(folder, "adapter", {}) as staging:
-        for name, data in write_peft(adapter, PeftFacts()).items():
+        for name, data in write_peft(adapter, AdapterFacts()).items():
             staging.write(name, data)
     return folder
 

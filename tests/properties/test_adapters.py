@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftwork.adapters.canonical import Adapter, LoraPair, alpha_for
-from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft, write_peft
+from graftwork.adapters.formats.peft_read import read_peft
+from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.prepare import SlotSpec, fresh, prepare
 from graftwork.adapters.snapshot import read_snapshot, snapshot_of, write_snapshot
+from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.store.checkpoint import open_checkpoint, save_checkpoint
 from graftwork.store.disk import Disk
 
@@ -42,7 +44,7 @@ def adapters(draw: st.DrawFn) -> Adapter:
     return Adapter(pairs)
 
 
-def read_back(files: dict[str, bytes]) -> PeftAdapter:
+def read_back(files: dict[str, bytes]) -> InMemory:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
@@ -52,10 +54,10 @@ def read_back(files: dict[str, bytes]) -> PeftAdapter:
 @settings(max_examples=60, deadline=None)
 @given(adapter=adapters(), base=st.none() | st.text(max_size=20))
 def test_an_adapter_written_and_read_has_the_same_digest(adapter: Adapter, base: str | None) -> None:
-    found = read_back(write_peft(adapter, PeftFacts(base)))
+    found = read_back(write_peft(adapter, AdapterFacts(base)))
     assert found.adapter.digest() == adapter.digest()
-    assert found.facts == PeftFacts(base)
-    assert write_peft(found.adapter, found.facts) == write_peft(adapter, PeftFacts(base))
+    assert found.facts == AdapterFacts(base)
+    assert write_peft(found.adapter, found.facts) == write_peft(adapter, AdapterFacts(base))
 
 
 @settings(max_examples=200, deadline=None)
@@ -69,11 +71,11 @@ def test_every_scale_that_peft_can_form_has_an_alpha(alpha: float, rank: int) ->
 @settings(max_examples=40, deadline=None)
 @given(adapter=adapters())
 def test_a_prepared_adapter_survives_its_checkpoint(adapter: Adapter) -> None:
-    prepared = prepare(PeftAdapter(adapter, PeftFacts(), ()), SlotSpec.around(adapter), None, None)
+    prepared = prepare(InMemory(adapter, AdapterFacts(), ()), SlotSpec.around(InMemory(adapter)))
     snapshot = snapshot_of(prepared, None)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder) / "checkpoints"
-        save_checkpoint(Disk(), checkpoints, 0, lambda staging: write_snapshot(staging, snapshot, PeftFacts("base")))
+        save_checkpoint(Disk(), checkpoints, 0, lambda staging: write_snapshot(staging, snapshot, AdapterFacts("base")))
         found = read_snapshot(open_checkpoint(checkpoints))
     assert found.state == snapshot.state
     assert found.adapter.digest() == prepared.adapter.digest()

@@ -11,9 +11,11 @@ import torch
 from support import random_adapter
 
 from graftwork.adapters.canonical import Adapter, LoraPair
-from graftwork.adapters.convert import convert_adapter
-from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
+from graftwork.adapters.convert import Target, convert_adapter
+from graftwork.adapters.formats.peft_read import read_peft
+from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.snapshot import read_snapshot
+from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import BadRunId, Conflict, Damaged, MisfitAdapter, StoreError, UnreadableAdapter
 from graftwork.store.checkpoint import Cursor, open_checkpoint
 from graftwork.store.disk import Disk, read_json
@@ -22,11 +24,11 @@ SHAPES = {"layers.0.q_proj": (6, 8), "layers.0.v_proj": (4, 8)}
 FINGERPRINT = "ab" * 32
 
 
-def adapter_folder(root: Path, adapter: Adapter | None = None, facts: PeftFacts | None = None) -> Path:
+def adapter_folder(root: Path, adapter: Adapter | None = None, facts: AdapterFacts | None = None) -> Path:
     folder = root / "sft"
     folder.mkdir(parents=True)
     adapter = adapter or random_adapter(SHAPES, 2)
-    for name, data in write_peft(adapter, facts or PeftFacts("some/base")).items():
+    for name, data in write_peft(adapter, facts or AdapterFacts("some/base")).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -45,7 +47,7 @@ def everything(root: Path) -> list[str]:
 
 def test_the_checkpoint_holds_the_adapter_as_step_0(tmp_path: Path) -> None:
     adapter = random_adapter(SHAPES, 2, scale=1.5)
-    report = convert_adapter(Disk(), adapter_folder(tmp_path, adapter), tmp_path / "a" / "anything", trainer_json=None)
+    report = convert_adapter(Disk(), adapter_folder(tmp_path, adapter), tmp_path / "a" / "anything")
     checkpoint = open_checkpoint(tmp_path / "a" / "anything" / "checkpoints")
     snapshot = read_snapshot(checkpoint)
     assert checkpoint.path == report.folder and checkpoint.step == 0
@@ -59,20 +61,20 @@ def test_the_checkpoint_holds_the_adapter_as_step_0(tmp_path: Path) -> None:
 
 def test_the_trainers_slots_are_checked_and_its_base_recorded(tmp_path: Path) -> None:
     run = tmp_path / "run_x"
-    report = convert_adapter(Disk(), adapter_folder(tmp_path), run, trainer_json=trainer_file(tmp_path))
+    report = convert_adapter(Disk(), adapter_folder(tmp_path), run, Target.of_trainer(trainer_file(tmp_path)))
     snapshot = read_snapshot(open_checkpoint(run / "checkpoints"))
     assert snapshot.state.base_fingerprint == FINGERPRINT
-    assert read_peft(report.folder / "weight").facts == PeftFacts("bases/tiny", FINGERPRINT)
+    assert read_peft(report.folder / "weight").facts == AdapterFacts("bases/tiny", FINGERPRINT)
     text = "\n".join(report.lines())
-    assert "rank 2, alpha 4 (scale 2), 2 modules, float32" in text
-    assert "kept 2 of 2" in text and "it fits the trainer's slots" in text
-    assert "names its base 'some/base', the trainer's is 'bases/tiny'" in text
+    assert "rank 2, alpha 4 (scale 2), 2 modules, from float32" in text
+    assert "2 modules as they are" in text and "it fits the slots" in text
+    assert "names its base 'some/base', this one is 'bases/tiny'" in text
     assert str(report.folder) in text
 
 
 def test_without_a_trainer_yet_the_adapter_is_taken_as_it_is(tmp_path: Path) -> None:
-    source = adapter_folder(tmp_path, facts=PeftFacts("some/base", FINGERPRINT))
-    report = convert_adapter(Disk(), source, tmp_path / "run_x", trainer_json=tmp_path / "trainer.json")
+    source = adapter_folder(tmp_path, facts=AdapterFacts("some/base", FINGERPRINT))
+    report = convert_adapter(Disk(), source, tmp_path / "run_x", Target())
     assert "the trainer checks the fit" in "\n".join(report.lines())
     state = read_snapshot(open_checkpoint(tmp_path / "run_x" / "checkpoints")).state
     assert state.base_fingerprint == FINGERPRINT, "what the adapter records of its base is kept for the trainer"
@@ -81,24 +83,24 @@ def test_without_a_trainer_yet_the_adapter_is_taken_as_it_is(tmp_path: Path) -> 
 def test_a_half_precision_adapter_becomes_fp32_and_the_report_says_so(tmp_path: Path) -> None:
     pairs = random_adapter(SHAPES, 2).pairs
     half = Adapter({k: LoraPair(p.a.to(torch.bfloat16), p.b.to(torch.bfloat16), p.scale) for k, p in pairs.items()})
-    report = convert_adapter(Disk(), adapter_folder(tmp_path, half), tmp_path / "run_x", trainer_json=None)
+    report = convert_adapter(Disk(), adapter_folder(tmp_path, half), tmp_path / "run_x")
     snapshot = read_snapshot(open_checkpoint(tmp_path / "run_x" / "checkpoints"))
     assert snapshot.adapter.dtypes() == ["float32"]
     assert report.report["dtype_from"] == ["bfloat16"] and report.report["source_digest"] == half.digest()
-    assert "2 modules, bfloat16" in report.lines()[0]
+    assert "2 modules, from bfloat16" in report.lines()[1]
 
 
 def test_the_same_adapter_converted_twice_gives_the_same_trainer_folder(tmp_path: Path) -> None:
     source = adapter_folder(tmp_path)
-    one, two = (convert_adapter(Disk(), source, tmp_path / name, trainer_json=None).folder for name in ("one", "two"))
+    one, two = (convert_adapter(Disk(), source, tmp_path / name).folder for name in ("one", "two"))
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert len(files) == 7
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
 
 
 def test_a_step_0_can_itself_be_the_source(tmp_path: Path) -> None:
-    first = convert_adapter(Disk(), adapter_folder(tmp_path), tmp_path / "one", trainer_json=None)
-    second = convert_adapter(Disk(), first.folder / "weight", tmp_path / "two", trainer_json=None)
+    first = convert_adapter(Disk(), adapter_folder(tmp_path), tmp_path / "one")
+    second = convert_adapter(Disk(), first.folder / "weight", tmp_path / "two")
     assert second.report["source_digest"] == first.report["digest"]
 
 
@@ -108,15 +110,15 @@ def test_a_run_that_has_a_checkpoint_is_not_started_again(tmp_path: Path, there:
     (tmp_path / "run_x" / "checkpoints" / there).mkdir(parents=True)
     before = everything(tmp_path)
     with pytest.raises(Conflict, match=f"has {there} already"):
-        convert_adapter(Disk(), source, tmp_path / "run_x", trainer_json=None)
+        convert_adapter(Disk(), source, tmp_path / "run_x")
     assert everything(tmp_path) == before
 
 
 def test_converting_twice_keeps_the_first(tmp_path: Path) -> None:
     source = adapter_folder(tmp_path)
-    first = convert_adapter(Disk(), source, tmp_path / "run_x", trainer_json=None)
+    first = convert_adapter(Disk(), source, tmp_path / "run_x")
     with pytest.raises(Conflict):
-        convert_adapter(Disk(), source, tmp_path / "run_x", trainer_json=None)
+        convert_adapter(Disk(), source, tmp_path / "run_x")
     assert open_checkpoint(tmp_path / "run_x" / "checkpoints").path == first.folder
 
 
@@ -134,24 +136,24 @@ def test_converting_twice_keeps_the_first(tmp_path: Path) -> None:
 def test_a_refusal_leaves_nothing_behind(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
 ) -> None:
-    source = adapter_folder(tmp_path, facts=PeftFacts("base", FINGERPRINT))
+    source = adapter_folder(tmp_path, facts=AdapterFacts("base", FINGERPRINT))
     slots = trainer_file(tmp_path, **changes)
     before = everything(tmp_path)
     with pytest.raises(error, match=says):
-        convert_adapter(Disk(), source, tmp_path / "out" / "run_x", trainer_json=slots)
+        convert_adapter(Disk(), source, tmp_path / "out" / "run_x", Target.of_trainer(slots))
     assert everything(tmp_path) == before
 
 
 def test_a_source_that_is_not_there_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UnreadableAdapter, match="no folder at"):
-        convert_adapter(Disk(), tmp_path / "absent", tmp_path / "run_x", trainer_json=None)
+        convert_adapter(Disk(), tmp_path / "absent", tmp_path / "run_x")
     assert everything(tmp_path) == []
 
 
 def test_a_file_in_place_of_the_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run_x").write_text("mine")
     with pytest.raises(Conflict, match="is a file"):
-        convert_adapter(Disk(), adapter_folder(tmp_path), tmp_path / "run_x", trainer_json=None)
+        convert_adapter(Disk(), adapter_folder(tmp_path), tmp_path / "run_x")
 
 
 class FullDisk(Disk):
@@ -175,7 +177,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, fails_at: int, existi
         (tmp_path / "run_x" / "control").mkdir(parents=True)
     before = everything(tmp_path)
     with pytest.raises(StoreError, match="No space left"):
-        convert_adapter(FullDisk(fails_at), source, tmp_path / "run_x", trainer_json=None)
+        convert_adapter(FullDisk(fails_at), source, tmp_path / "run_x")
     assert everything(tmp_path) == before
 
 
@@ -183,5 +185,5 @@ def test_a_run_folder_that_no_trainer_would_take_is_refused(tmp_path: Path) -> N
     source = adapter_folder(tmp_path)
     before = everything(tmp_path)
     with pytest.raises(BadRunId, match="is not a run id"):
-        convert_adapter(Disk(), source, tmp_path / "run_Bad.Name", trainer_json=None)
+        convert_adapter(Disk(), source, tmp_path / "run_Bad.Name")
     assert everything(tmp_path) == before

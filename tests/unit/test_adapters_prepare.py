@@ -5,41 +5,43 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from support import random_adapter
 
 from graftwork.adapters.canonical import Adapter, LoraPair
-from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts
-from graftwork.adapters.prepare import SlotSpec, fresh, prepare
+from graftwork.adapters.prepare import SlotSpec, Wish, fresh, prepare
+from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.errors import MisfitAdapter
 
 SHAPES = {f"layers.{i}.{name}": (6, 8) for i in range(10) for name in ("q_proj", "v_proj")}
 SPEC = SlotSpec(8, SHAPES)
 
 
-def source(rank: int = 4, scale: float = 2.0, shapes: dict[str, tuple[int, int]] = SHAPES) -> PeftAdapter:
-    return PeftAdapter(random_adapter(shapes, rank, scale=scale), PeftFacts("base"), ("a note",))
+def source(rank: int = 4, scale: float = 2.0, shapes: dict[str, tuple[int, int]] = SHAPES) -> InMemory:
+    return InMemory(random_adapter(shapes, rank, scale=scale), AdapterFacts("base"), ("a note",))
 
 
 def test_an_adapter_that_fits_is_taken_bit_for_bit_with_its_own_rank_and_alpha() -> None:
     found = source()
-    prepared = prepare(found, SPEC, None, None)
+    prepared = prepare(found, SPEC)
     assert (prepared.rank, prepared.alpha) == (4, 8.0)
     assert prepared.adapter.digest() == found.adapter.digest() == prepared.source_digest
-    assert prepare(found, SPEC, 4, 8.0).adapter.digest() == prepared.adapter.digest()
+    assert prepare(found, SPEC, Wish(4, 8.0)).adapter.digest() == prepared.adapter.digest()
 
 
 def test_the_report_is_json_and_says_what_was_kept() -> None:
-    report = prepare(source(), SPEC, None, None).report
+    report = prepare(source(), SPEC).report
     assert json.loads(json.dumps(report)) == report
-    assert (report["kind"], report["modules"], report["kept"], report["notes"]) == ("adapter", 20, 20, ["a note"])
+    assert (report["kind"], report["modules"], report["notes"]) == ("adapter", 20, ["a note"])
+    assert report["done"] == {"kept": 20} and report["exact"] and report["warnings"] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_smaller_dtypes_become_fp32_without_rounding(dtype: torch.dtype) -> None:
     pairs = {k: LoraPair(p.a.to(dtype), p.b.to(dtype), p.scale) for k, p in source().adapter.pairs.items()}
-    prepared = prepare(PeftAdapter(Adapter(pairs), PeftFacts(), ()), SPEC, None, None)
+    prepared = prepare(InMemory(Adapter(pairs), AdapterFacts(), ()), SPEC)
     for path, pair in prepared.adapter.pairs.items():
         assert pair.a.dtype == pair.b.dtype == torch.float32
         assert torch.equal(pair.a, pairs[path].a.float()) and torch.equal(pair.b, pairs[path].b.float())
@@ -47,23 +49,24 @@ def test_smaller_dtypes_become_fp32_without_rounding(dtype: torch.dtype) -> None
     assert prepared.report["dtype_from"] == [str(dtype).removeprefix("torch.")]
 
 
-def test_what_is_prepared_is_a_copy() -> None:
+def test_preparing_does_not_write_to_the_source() -> None:
     found = source()
-    prepared = prepare(found, SPEC, None, None)
-    prepared.adapter.pairs["layers.0.q_proj"].a.zero_()
-    assert found.adapter.pairs["layers.0.q_proj"].a.count_nonzero() > 0
+    digest = found.adapter.digest()
+    prepare(found, SPEC, Wish(rank=8, alpha=1.0))
+    prepare(found, SPEC, Wish(rank=2, allow_lossy=True))
+    assert found.adapter.digest() == digest
 
 
 def test_tensors_are_contiguous() -> None:
     pairs = {k: LoraPair(p.a.T.contiguous().T, p.b, p.scale) for k, p in source().adapter.pairs.items()}
-    prepared = prepare(PeftAdapter(Adapter(pairs), PeftFacts(), ()), SPEC, None, None)
+    prepared = prepare(InMemory(Adapter(pairs), AdapterFacts(), ()), SPEC)
     assert all(p.a.is_contiguous() and p.b.is_contiguous() for p in prepared.adapter.pairs.values())
     assert prepared.adapter.digest() == source().adapter.digest()
 
 
 def test_a_scale_of_rslora_is_kept_to_the_last_bits() -> None:
     scale = 5 / math.sqrt(12)
-    prepared = prepare(source(rank=8, scale=scale), SPEC, None, None)
+    prepared = prepare(source(rank=8, scale=scale), SPEC)
     assert prepared.alpha / prepared.rank == pytest.approx(scale, rel=1e-15)
     assert {pair.scale for pair in prepared.adapter.pairs.values()} == {prepared.alpha / prepared.rank}
 
@@ -72,46 +75,111 @@ def test_every_misfit_stands_in_one_message() -> None:
     shapes = {path: shape for path, shape in SHAPES.items() if path != "layers.3.q_proj"}
     shapes |= {"layers.4.q_proj": (6, 9), "layers.5.q_proj": (7, 8), "lm_head": (9, 9)}
     with pytest.raises(MisfitAdapter) as caught:
-        prepare(source(rank=16, shapes=shapes), SPEC, 12, None)
+        prepare(source(rank=16, shapes=shapes), SPEC, Wish(rank=12, alpha=1e35))
     message = str(caught.value)
     assert "1 module of the adapter that the slots do not have: lm_head." in message
-    assert "1 module of the slots that the adapter does not have: layers.3.q_proj." in message
     assert "layers.4.q_proj (found 6 x 9, expected 6 x 8), layers.5.q_proj (found 7 x 8, expected 6 x 8)" in message
-    assert "20 modules whose rank is not 12" in message and "and 15 more" in message
-    assert "lora.max_rank to 12" in message
+    assert "lora.max_rank to 12" in message and "alpha 1e+35 is not between" in message
     assert "\n" not in message
 
 
+def update(adapter: Adapter, path: str) -> torch.Tensor:
+    pair = adapter.pairs[path]
+    return pair.scale * (pair.b.double() @ pair.a.double())
+
+
+def assert_same_function(found: InMemory, prepared: Adapter) -> None:
+    for path in found.adapter.pairs:
+        torch.testing.assert_close(update(prepared, path), update(found.adapter, path), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
-    ("rank", "alpha", "says"),
+    ("wish", "rank", "alpha", "done"),
     [
-        (8, None, "20 modules whose rank is not 8, the run's: layers.0.q_proj (rank 4)"),
-        (2, None, "Leave adapter.rank out"),
-        (4, 16.0, "20 modules whose scale is not 4, alpha 16 / rank 4 of the run: layers.0.q_proj (scale 2)"),
-        (None, 8.001, "Leave adapter.alpha out"),
-        (4, 1e35, "not between"),
+        (Wish(), 4, 8.0, {"kept": 20}),
+        (Wish(rank=8), 8, 16.0, {"padded": 20}),
+        (Wish(alpha=1.0), 4, 1.0, {"rescaled": 20}),
+        (Wish(rank=8, alpha=8.0), 8, 8.0, {"padded": 20, "rescaled": 20}),
     ],
 )
-def test_another_rank_or_scale_is_refused_and_says_what_to_do(rank: int | None, alpha: float | None, says: str) -> None:
-    with pytest.raises(MisfitAdapter) as caught:
-        prepare(source(), SPEC, rank, alpha)
-    assert says in str(caught.value)
+def test_another_rank_or_scale_is_the_same_function(wish: Wish, rank: int, alpha: float, done: dict[str, int]) -> None:
+    """A rank alone keeps the scale; an alpha alone keeps the rank."""
+    found = source()
+    prepared = prepare(found, SPEC, wish)
+    assert (prepared.rank, prepared.alpha, prepared.report["done"]) == (rank, alpha, done)
+    assert {pair.scale for pair in prepared.adapter.pairs.values()} == {alpha / rank}
+    assert prepared.report["exact"]
+    assert_same_function(found, prepared.adapter)
 
 
-def test_a_rank_above_the_slots_is_refused() -> None:
-    with pytest.raises(MisfitAdapter, match=r"Set lora\.max_rank to 16"):
-        prepare(source(rank=16), SPEC, None, None)
+def test_padding_adds_fresh_rows_of_a_and_zero_columns_of_b() -> None:
+    prepared = prepare(source(), SPEC, Wish(rank=8, seed=3)).adapter
+    for path, pair in prepared.pairs.items():
+        assert pair.b[:, 4:].count_nonzero() == 0
+        assert torch.equal(pair.a[4:], fresh(SPEC, 8, 16.0, 3).adapter.pairs[path].a[4:])
 
 
-def test_modules_of_several_ranks_or_scales_are_refused() -> None:
-    odd = source(rank=2).adapter.pairs["layers.0.v_proj"]
-    mixed = Adapter({**source().adapter.pairs, "layers.0.v_proj": odd})
-    with pytest.raises(MisfitAdapter, match=r"1 module whose rank is not 4, that of layers\.0\.q_proj: layers\.0\.v"):
-        prepare(PeftAdapter(mixed, PeftFacts(), ()), SPEC, None, None)
-    odd = source(scale=3.0).adapter.pairs["layers.0.v_proj"]
-    mixed = Adapter({**source().adapter.pairs, "layers.0.v_proj": odd})
-    with pytest.raises(MisfitAdapter, match=r"1 module whose scale is not 2.*layers\.0\.v_proj \(scale 3\)"):
-        prepare(PeftAdapter(mixed, PeftFacts(), ()), SPEC, None, None)
+def test_modules_that_the_adapter_has_not_start_fresh() -> None:
+    shapes = {path: shape for path, shape in SHAPES.items() if path.endswith("q_proj")}
+    found = source(shapes=shapes)
+    prepared = prepare(found, SPEC, Wish(seed=3))
+    assert prepared.report["done"] == {"kept": 10, "fresh": 10} and prepared.report["exact"]
+    assert prepared.adapter.pairs.keys() == SHAPES.keys()
+    pair, expected = prepared.adapter.pairs["layers.0.v_proj"], fresh(SPEC, 4, 8.0, 3).adapter.pairs["layers.0.v_proj"]
+    assert torch.equal(pair.a, expected.a) and pair.b.count_nonzero() == 0
+    assert_same_function(found, prepared.adapter)
+
+
+def test_modules_of_several_ranks_and_scales_get_the_highest_and_the_first() -> None:
+    odd = source(rank=2, scale=3.0).adapter.pairs["layers.0.v_proj"]
+    found = InMemory(Adapter({**source().adapter.pairs, "layers.0.v_proj": odd}))
+    prepared = prepare(found, SPEC)
+    assert (prepared.rank, prepared.alpha) == (4, 8.0)
+    assert prepared.report["done"] == {"kept": 19, "padded": 1, "rescaled": 1}
+    assert prepared.report["modules_of"]["padded"] == ["layers.0.v_proj"]
+    assert_same_function(found, prepared.adapter)
+
+
+@pytest.mark.parametrize(("wish", "where"), [(Wish(), "lora.max_rank"), (Wish(rank=8), "adapter.rank")])
+def test_a_rank_that_is_too_high_is_refused_unless_loss_is_allowed(wish: Wish, where: str) -> None:
+    with pytest.raises(MisfitAdapter, match=rf"20 modules of a rank above 8.*Set {where} to 16, or allow"):
+        prepare(source(rank=16), SPEC, wish)
+
+
+def test_the_best_approximation_of_lower_rank_and_its_energy() -> None:
+    """The oracle is numpy's SVD of the whole product."""
+    found = source(rank=5)
+    prepared = prepare(found, SPEC, Wish(rank=2, allow_lossy=True))
+    assert not prepared.report["exact"] and prepared.report["done"] == {"reduced": 20}
+    for path in SHAPES:
+        u, s, vh = np.linalg.svd(update(found.adapter, path).numpy(), full_matrices=False)
+        best = torch.from_numpy((u[:, :2] * s[:2]) @ vh[:2])
+        torch.testing.assert_close(update(prepared.adapter, path), best, rtol=1e-4, atol=1e-6)
+        kept = float((s[:2] ** 2).sum() / (s**2).sum())
+        assert prepared.report["energy_kept"][path] == pytest.approx(kept, rel=1e-9)
+    assert prepared.report["energy_kept_lowest"] == min(prepared.report["energy_kept"].values())
+
+
+def test_directions_that_do_nothing_are_dropped_without_asking() -> None:
+    wide = {}
+    for path, pair in source(rank=12).adapter.pairs.items():
+        b = pair.b.clone()
+        b[:, [0, 3, 5, 6, 7]] = 0
+        wide[path] = LoraPair(pair.a, b, pair.scale)
+    found = InMemory(Adapter(wide))
+    prepared = prepare(found, SPEC)
+    assert prepared.rank == 8 and prepared.report["done"] == {"idle directions dropped": 20}
+    assert prepared.report["exact"]
+    assert_same_function(found, prepared.adapter)
+
+
+@pytest.mark.parametrize("written", ["base_model.model.{}", "model.language_model.{}", "language_model.model.{}"])
+def test_other_prefixes_mean_the_same_modules(written: str) -> None:
+    pairs = source().adapter.pairs
+    spec = SlotSpec(8, {f"model.{path}": shape for path, shape in SHAPES.items()})
+    renamed = Adapter({written.format(path): pair for path, pair in pairs.items()})
+    prepared = prepare(InMemory(renamed), spec)
+    assert torch.equal(prepared.adapter.pairs["model.layers.0.q_proj"].a, pairs["layers.0.q_proj"].a)
 
 
 def test_a_fresh_adapter_is_pefts_default_and_changes_nothing() -> None:

@@ -12,15 +12,17 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from support import random_adapter
 
-from graftwork.adapters.formats.peft import PeftAdapter, PeftFacts, read_peft
+from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec, fresh, prepare
-from graftwork.adapters.snapshot import RANK_FILE, STATE_FILE, Snapshot, read_snapshot, snapshot_of, write_snapshot
+from graftwork.adapters.snapshot import STATE_FILE, Snapshot, read_snapshot, snapshot_of, write_snapshot
+from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.errors import CannotResume
 from graftwork.store.checkpoint import Checkpoint, Cursor, open_checkpoint, save_checkpoint
 from graftwork.store.disk import Disk, Staging, dump_json, verify
 
 SHAPES = {"layers.0.q_proj": (6, 8), "layers.0.v_proj": (4, 8)}
 SPEC = SlotSpec(4, SHAPES)
+RANK_FILE = "trainer/rank_0.safetensors"
 
 
 def start(seed: int = 3) -> PreparedInitAdapter:
@@ -29,7 +31,7 @@ def start(seed: int = 3) -> PreparedInitAdapter:
 
 def saved(root: Path, snapshot: Snapshot, then: Callable[[Staging], None] = lambda staging: None) -> Checkpoint:
     def fill(staging: Staging) -> None:
-        write_snapshot(staging, snapshot, PeftFacts("base"))
+        write_snapshot(staging, snapshot, AdapterFacts("base"))
         then(staging)
 
     save_checkpoint(Disk(), root / "checkpoints", snapshot.state.step, fill)
@@ -56,8 +58,8 @@ def test_a_fresh_runs_first_state_carries_its_seed() -> None:
 
 
 def test_a_warm_starts_first_state_names_its_source() -> None:
-    source = PeftAdapter(random_adapter(SHAPES, 2), PeftFacts(), ())
-    state = snapshot_of(prepare(source, SPEC, None, None), None).state
+    source = InMemory(random_adapter(SHAPES, 2), AdapterFacts(), ())
+    state = snapshot_of(prepare(source, SPEC), None).state
     assert state.start == {"kind": "adapter", "source_digest": source.adapter.digest()}
     assert state.base_fingerprint is None
 
@@ -84,7 +86,7 @@ def test_the_exported_weight_is_a_sealed_peft_adapter_that_names_the_base(tmp_pa
     checkpoint = saved(tmp_path, later(start()))
     manifest = verify(checkpoint.path / "weight", "weight")
     found = read_peft(checkpoint.path / "weight")
-    assert found.facts == PeftFacts("base", "ab" * 32)
+    assert found.facts == AdapterFacts("base", "ab" * 32)
     assert manifest.facts == {"step": 2, "digest": found.adapter.digest()}
 
 
@@ -93,7 +95,9 @@ def edited(name: str, change: Callable[[bytes], bytes]) -> Callable[[Staging], N
 
     def apply(staging: Staging) -> None:
         path = staging.root / name
-        path.write_bytes(change(path.read_bytes()))
+        data = change(path.read_bytes())
+        path.unlink()
+        staging.write(name, data)
 
     return apply
 

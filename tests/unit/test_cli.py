@@ -143,13 +143,11 @@ def test_convert_finds_the_trainer_json_beside_the_run(
 ) -> None:
     calls: list[Any] = []
 
-    def convert_adapter(disk: object, source: Path, run_dir: Path, trainer_json: Path | None) -> object:
-        calls.append((source, run_dir, trainer_json))
-        return types.SimpleNamespace(lines=lambda: ["made step_0"])
+    def convert(source: Path, target: Path, options: object, trainer_json: Path | None, *_: object) -> list[str]:
+        calls.append((source, target, trainer_json))
+        return ["made step_0"]
 
-    module = types.ModuleType("graftwork.adapters.convert")
-    module.convert_adapter = convert_adapter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("graftwork.programs.adapter.convert", convert)
     assert run(monkeypatch, "convert", "adapter", "outputs/run_x") == 0
     beside = Path("outputs/trainer.json").absolute()
     beside.parent.mkdir()

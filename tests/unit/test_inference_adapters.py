@@ -11,7 +11,8 @@ import pytest
 from support import random_adapter
 
 from graftwork.adapters.canonical import Adapter
-from graftwork.adapters.formats.peft import PeftFacts, write_peft
+from graftwork.adapters.formats.peft_write import write_peft
+from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import AdapterError, Damaged, MisfitAdapter
 from graftwork.inference.engine import Engine
 from graftwork.inference.requests import BadRequest, GenerationRequest, UnknownModel
@@ -34,9 +35,9 @@ def adapter(tiny: BaseModel) -> Adapter:
     return random_adapter(tiny.spec.shapes, 4, seed=5)
 
 
-def save(folder: Path, adapter: Adapter, facts: PeftFacts | None = None) -> Path:
+def save(folder: Path, adapter: Adapter, facts: AdapterFacts | None = None) -> Path:
     folder.mkdir()
-    for name, data in write_peft(adapter, facts or PeftFacts()).items():
+    for name, data in write_peft(adapter, facts or AdapterFacts()).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -44,7 +45,7 @@ def save(folder: Path, adapter: Adapter, facts: PeftFacts | None = None) -> Path
 def publish(root: Path, adapter: Adapter, step: int = 3) -> tuple[Version, Path]:
     version = Version(RUN, step, adapter.digest())
     tree = RunTree(RUN, root / "run_r")
-    return version, publish_version(Disk(), tree, version, write_peft(adapter, PeftFacts()), {}).path
+    return version, publish_version(Disk(), tree, version, write_peft(adapter, AdapterFacts()), {}).path
 
 
 def ask(engine: Engine, model: str) -> tuple[str, str | None]:
@@ -80,7 +81,7 @@ def test_damaged_files_are_refused(engine: Engine, adapter: Adapter, tmp_path: P
 
 def test_a_manifest_that_names_another_digest_is_refused(engine: Engine, adapter: Adapter, tmp_path: Path) -> None:
     with Disk().publish_dir(tmp_path / "w", "weight", {"digest": "f" * 64}) as staging:
-        for name, data in write_peft(adapter, PeftFacts()).items():
+        for name, data in write_peft(adapter, AdapterFacts()).items():
             staging.write(name, data)
     with pytest.raises(BadRequest, match="manifest says digest ffffffff"):
         engine.load("w", tmp_path / "w")
@@ -97,7 +98,7 @@ def test_what_is_no_adapter_for_this_base_is_refused(engine: Engine, tiny: BaseM
         engine.load("x", save(tmp_path / "wide", random_adapter(wide, 4)))
     with pytest.raises(MisfitAdapter):
         engine.load("x", save(tmp_path / "rank", random_adapter(tiny.spec.shapes, 5)))
-    other = PeftFacts(base_fingerprint="a" * 64)
+    other = AdapterFacts(base_fingerprint="a" * 64)
     with pytest.raises(MisfitAdapter, match="trained on the base with fingerprint aaaaaaaa"):
         engine.load("x", save(tmp_path / "other", random_adapter(tiny.spec.shapes, 4), other))
     with pytest.raises(BadRequest, match="printable"):

@@ -15,8 +15,10 @@ from support import VOCAB, random_adapter
 from transformers import AutoModelForCausalLM
 
 from graftwork.adapters.canonical import Adapter
-from graftwork.adapters.formats.peft import PeftFacts, read_peft, write_peft
+from graftwork.adapters.formats.peft_read import read_peft
+from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.prepare import prepare
+from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import InferenceError
 from graftwork.inference import scheduler
 from graftwork.inference.engine import Engine
@@ -36,7 +38,7 @@ def spell(token_ids: object) -> str:
 
 def save(adapter: Adapter, folder: Path) -> Path:
     folder.mkdir()
-    for name, data in write_peft(adapter, PeftFacts()).items():
+    for name, data in write_peft(adapter, AdapterFacts()).items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -88,7 +90,7 @@ def trainer_logprobs(
     ids = [*prompt, *answer]
     segments = []
     if folder is not None:
-        bank.write(1, prepare(read_peft(folder), base.spec, rank=None, alpha=None))
+        bank.write(1, prepare(read_peft(folder), base.spec))
         segments = [Segment(1, 0, len(ids), bank.holding(1).scale)]
     plan = PackedPlan([Group(0, 1, len(ids))])
     hidden = base.hidden(torch.tensor(ids), torch.arange(len(ids)), plan, Route(bank, segments))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from support import random_adapter
 
-from graftwork.adapters.formats.peft import PeftFacts, write_peft
+from graftwork.adapters.formats.peft_write import write_peft
+from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import LoraConfig, ModelConfig, NamedRun, RlConfig, SamplingConfig
 from graftwork.errors import AdapterError, GraftworkError
 from graftwork.model.base import load_base
@@ -24,7 +25,7 @@ def config() -> RlConfig:
 
 def test_an_adapter_changes_the_mean_reward_and_the_seed_fixes_it(config: RlConfig, tmp_path: Path) -> None:
     base = load_base(config.model, LoraConfig())
-    for name, data in write_peft(random_adapter(base.spec.shapes, 8), PeftFacts()).items():
+    for name, data in write_peft(random_adapter(base.spec.shapes, 8), AdapterFacts()).items():
         (tmp_path / name).write_bytes(data)
     bare, again = (evaluate.main(config, None, 16, 3) for _ in range(2))
     adapted = evaluate.main(config, tmp_path, 16, 3)

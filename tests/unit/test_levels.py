@@ -26,8 +26,8 @@ TORCH_FREE_PROGRAMS = ("graftwork.programs.orchestrator", "graftwork.programs.rl
 TORCH = ("torch", "transformers", "accelerate", "peft")
 
 WRITER = "store/disk.py"
-ALLOWED_WRITES = {("programs/processes.py", "open_log")}
-"""A child's stdout needs a descriptor, and the text in its log is the child's own."""
+ALLOWED_WRITES = {("programs/processes.py", "open_log"), ("adapters/formats/rank_files.py", "rank_file")}
+"""A child's stdout needs a descriptor, and the text in its log is the child's own. rank_file saves to memory."""
 WRITING_METHODS = {
     "write_text", "write_bytes", "unlink", "rmdir", "rename", "touch", "mkdir", "symlink_to", "hardlink_to",
     "save_pretrained", "save_file", "rmtree",

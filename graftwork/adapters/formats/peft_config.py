@@ -8,7 +8,8 @@ or run as a pattern.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from graftwork.errors import UnreadableAdapter, UnsupportedAdapter
 CONFIG_BYTES_MAX = 2**20
 CONFIG_DEPTH_MAX = 16
 RANK_MAX = 65536
+REGULAR = re.compile(r"[\\^$*+?{}\[\]|()]")
+"""Characters that make a pattern's key a regular expression. A dot is taken for itself."""
+ANY_PARENT = r".*\."
+"""What PEFT puts before `gate_up_proj` when it loads an adapter of single experts: it names the module's end."""
 PLAIN_INITS = frozenset({"gaussian", "eva", "mica", "orthogonal"})
 
 Rule = Callable[[Any], str | None]
@@ -27,13 +32,54 @@ Rule = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
-class PeftConfig:
-    """What a reader needs of it. scale: what multiplies B A x, as PEFT computes it."""
+class Pattern:
+    """PEFT's rank_pattern or alpha_pattern. `literal`: a module's name or its end after a dot -> (place in the file,
+    number); compared as text, the first in the file wins. `regular`: keys that only a regular expression compares."""
 
+    literal: Mapping[str, tuple[int, float]]
+    regular: Mapping[str, float]
+
+    def find(self, name: str) -> float | None:
+        """The number of the first literal key that names the module."""
+        ends = (name[start:] for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+        found = [self.literal[end] for end in ends if end in self.literal]
+        return min(found)[1] if found else None
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What a reader needs of it."""
+
+    path: Path
     rank: int
-    scale: float
+    alpha: float
+    rslora: bool
+    ranks: Pattern
+    alphas: Pattern
+    target_parameters: tuple[str, ...]
     base_model: str | None
+    ignored: tuple[str, ...]
+    """Fields whose effect the user chose to drop."""
+    ignored_modules: tuple[str, ...]
+    """What those fields copied."""
     notes: tuple[str, ...]
+
+    def scale(self, name: str, rank: int) -> float:
+        """What multiplies B A x in the module (or parameter) `name` whose factors have `rank`, as PEFT computes it."""
+        alpha = self.alphas.find(name)
+        return (self.alpha if alpha is None else alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def named_rank(self, name: str) -> int:
+        """The rank that r and the literal keys of rank_pattern give."""
+        found = self.ranks.find(name)
+        return self.rank if found is None else int(found)
+
+    def ranks_of(self, name: str) -> set[int]:
+        """Ranks that the factors of `name` may have: the tensors decide between r and what regular keys say."""
+        return {self.named_rank(name), *map(int, self.ranks.regular.values())}
+
+    def targets_parameter(self, name: str) -> bool:
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
 
 def _ignored(value: Any) -> str | None:
@@ -59,16 +105,22 @@ def _plain_init(value: Any) -> str | None:
 
 
 FORWARD = "it computes another forward pass than plain LoRA; merge it into the base and train a plain LoRA on that"
-FULL_COPIES = "full copies of other weights are not part of a slot; train the adapter without it"
-NOT_YET = "not yet supported; give every module the same rank and alpha, or merge the adapter into the base"
+FULL_COPIES = "full copies of other weights are not part of a slot; train without, or drop them (--ignore {name})"
+CAN_BE_IGNORED = frozenset({"modules_to_save", "trainable_token_indices", "ensure_weight_tying"})
 
 FIELDS: Mapping[str, Rule] = {
     # Read by value below.
     "r": _ignored,
     "lora_alpha": _ignored,
     "use_rslora": _ignored,
+    "rank_pattern": _ignored,
+    "alpha_pattern": _ignored,
+    "target_parameters": _ignored,
     "base_model_name_or_path": _ignored,
     "lora_dropout": _ignored,
+    # Biases and what they are: the tensors say whether there are any.
+    "bias": _only("none", "all", "lora_only", None, reason="no kind of bias that PEFT 0.21 knows"),
+    "lora_bias": _ignored,
     # No effect on the function of a saved adapter: the tensors say which modules, and the rest is about training.
     "auto_mapping": _ignored,
     "exclude_modules": _ignored,
@@ -93,18 +145,13 @@ FIELDS: Mapping[str, Rule] = {
     "peft_type": _only("LORA", reason="only LORA adapters can be imported"),
     "alora_invocation_tokens": _unset(FORWARD),
     "arrow_config": _unset(FORWARD),
-    "bias": _only("none", None, reason="trained biases are not part of a slot; train with bias = 'none'"),
     "ensure_weight_tying": _unset(FULL_COPIES),
     "fan_in_fan_out": _unset("the base's weights are stored transposed (Conv1D), which no supported base has"),
     "init_lora_weights": _plain_init,
     "kasa_config": _unset(FORWARD),
     "layer_replication": _unset("it changes the base's layers; save the replicated model as a base of its own"),
-    "lora_bias": _unset("biases of lora_B are not part of a slot; train with lora_bias = false"),
     "modules_to_save": _unset(FULL_COPIES),
     "monteclora_config": _unset(FORWARD),
-    "rank_pattern": _unset(NOT_YET),
-    "alpha_pattern": _unset(NOT_YET),
-    "target_parameters": _unset("adapters of fused expert weights are not yet supported"),
     "trainable_token_indices": _unset(FULL_COPIES),
     "use_bdlora": _unset(FORWARD),
     "use_dora": _unset("DoRA rescales the base's rows; " + FORWARD),
@@ -116,8 +163,11 @@ UNKNOWN = _unset(
 )
 
 
-def read_config(path: Path) -> PeftConfig:
-    """Raises UnreadableAdapter or UnsupportedAdapter, naming the field, why it matters and what to do."""
+def read_config(path: Path, ignore: Collection[str] = ()) -> PeftConfig:
+    """Raises UnreadableAdapter or UnsupportedAdapter, naming the field, why it matters and what to do.
+
+    ignore: names that the user chose to drop; fields of full copies among them are not refused.
+    """
     with open_plain(path) as (file, size):
         if size > CONFIG_BYTES_MAX:
             raise UnreadableAdapter(f"{path} has {size} bytes; an adapter_config.json has at most {CONFIG_BYTES_MAX}")
@@ -126,16 +176,38 @@ def read_config(path: Path) -> PeftConfig:
     fields = parse_json_object(bytes(data), str(path), CONFIG_DEPTH_MAX)
     if not isinstance(fields.get("peft_type"), str):
         raise UnreadableAdapter(f"{path}: peft_type is missing or not a text; is this a PEFT adapter's folder?")
+    copies = {name: _copied(value) for name, value in fields.items() if name in CAN_BE_IGNORED and value}
+    ignored = [name for name, of in copies.items() if name in ignore or (of and set(of) <= set(ignore))]
+    ignored_modules = tuple(module for name in ignored for module in copies[name])
     for name, value in fields.items():
-        if reason := FIELDS.get(name, UNKNOWN)(value):
-            raise UnsupportedAdapter(f"{path}: {name_of(name)} = {quote(value)}: {reason}")
-    rank = _rank(fields, path)
-    rslora = _switch(fields, "use_rslora", path)
-    scale = _alpha(fields, path) / (math.sqrt(rank) if rslora else rank)
+        reason = None if name in ignored else FIELDS.get(name, UNKNOWN)(value)
+        if reason:
+            raise UnsupportedAdapter(f"{path}: {name_of(name)} = {quote(value)}: {reason.format(name=name_of(name))}")
     base = fields.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise UnreadableAdapter(f"{path}: base_model_name_or_path is {quote(base)}, expected a text or null")
-    return PeftConfig(rank, scale, base, tuple(_notes(fields, rslora)))
+    ranks = _pattern(fields, "rank_pattern", _rank, path)
+    alphas = _pattern(fields, "alpha_pattern", _alpha, path)
+    if alphas.regular:
+        raise UnsupportedAdapter(
+            f"{path}: alpha_pattern has the key {quote(next(iter(alphas.regular)))}, a regular expression, which is "
+            "never run; name the modules in it one by one"
+        )
+    rslora = _switch(fields, "use_rslora", path)
+    return PeftConfig(
+        path, _rank(fields.get("r"), "r", path), _alpha(fields.get("lora_alpha"), "lora_alpha", path), rslora, ranks,
+        alphas, _texts(fields, "target_parameters", path), base, tuple(ignored),
+        ignored_modules, tuple(_notes(fields, rslora, ranks)),
+    )  # fmt: skip
+
+
+def _copied(value: Any) -> list[str]:
+    """The modules of which a field of full copies speaks; token indices alone are those of the input embeddings."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    if isinstance(value, dict):
+        return list(value)
+    return ["embed_tokens"] if isinstance(value, list) else []
 
 
 def name_of(field: str) -> str:
@@ -143,20 +215,42 @@ def name_of(field: str) -> str:
     return field if field.isidentifier() and len(field) <= 40 else quote(field)
 
 
-def _rank(fields: Mapping[str, Any], path: Path) -> int:
-    rank = fields.get("r")
-    if type(rank) is not int or not 1 <= rank <= RANK_MAX:
-        raise UnreadableAdapter(f"{path}: r is {quote(rank)}, expected a whole number from 1 to {RANK_MAX}")
-    return rank
+def _rank(value: Any, name: str, path: Path) -> int:
+    if type(value) is not int or not 1 <= value <= RANK_MAX:
+        raise UnreadableAdapter(f"{path}: {name} is {quote(value)}, expected a whole number from 1 to {RANK_MAX}")
+    return value
 
 
-def _alpha(fields: Mapping[str, Any], path: Path) -> float:
+def _alpha(value: Any, name: str, path: Path) -> float:
     """Zero and negative ones are refused: such an adapter cannot be trained on as a run with alpha > 0."""
-    alpha = fields.get("lora_alpha")
     low, high = ALPHA_RANGE
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not low <= alpha <= high:
-        raise UnreadableAdapter(f"{path}: lora_alpha is {quote(alpha)}, expected a number from {low:g} to {high:g}")
-    return float(alpha)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UnreadableAdapter(f"{path}: {name} is {quote(value)}, expected a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _pattern(fields: Mapping[str, Any], field: str, check: Callable[[Any, str, Path], float], path: Path) -> Pattern:
+    """rank_pattern or alpha_pattern, its keys told apart, its numbers checked."""
+    table = fields.get(field) or {}
+    if not isinstance(table, dict):
+        raise UnreadableAdapter(f"{path}: {field} is {quote(table)}, expected a table")
+    literal: dict[str, tuple[int, float]] = {}
+    regular: dict[str, float] = {}
+    for place, (key, value) in enumerate(table.items()):
+        number = check(value, f"{field}[{quote(key)}]", path)
+        name = key.removeprefix(ANY_PARENT)
+        if REGULAR.search(name):
+            regular[key] = number
+        else:
+            literal.setdefault(name, (place, number))
+    return Pattern(literal, regular)
+
+
+def _texts(fields: Mapping[str, Any], field: str, path: Path) -> tuple[str, ...]:
+    value = fields.get(field) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UnreadableAdapter(f"{path}: {field} is {quote(value)}, expected a list of texts")
+    return tuple(value)
 
 
 def _switch(fields: Mapping[str, Any], name: str, path: Path) -> bool:
@@ -166,8 +260,10 @@ def _switch(fields: Mapping[str, Any], name: str, path: Path) -> bool:
     return bool(value)
 
 
-def _notes(fields: Mapping[str, Any], rslora: bool) -> list[str]:
+def _notes(fields: Mapping[str, Any], rslora: bool, ranks: Pattern) -> list[str]:
     notes = []
+    if ranks.regular:
+        notes.append("rank_pattern has regular expressions, which are not run: ranks are those of the tensors")
     if rslora:
         notes.append("use_rslora: the scale is lora_alpha / sqrt(r); it is kept as a number")
     if fields.get("lora_dropout"):

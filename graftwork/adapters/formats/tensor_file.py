@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from graftwork.adapters.canonical import tensor_bytes
 from graftwork.adapters.formats.untrusted import open_plain, parse_json_object, quote, read_exactly
 from graftwork.errors import UnreadableAdapter, UnsupportedAdapter
+from graftwork.store.disk import Pieces
 
 HEADER_BYTES_MAX = 16 * 2**20
 TENSORS_MAX = 100_000
@@ -156,21 +157,31 @@ def _check_layout(entries: Mapping[str, Entry], data_start: int, size: int, path
         raise UnreadableAdapter(f"{path}: {size - end} bytes follow the last tensor; copy the file again")
 
 
-def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file: larger dtypes first (so that each tensor is aligned), then by name."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+def tensor_chunks(tensors: Mapping[str, Callable[[], Tensor]], metadata: Mapping[str, str]) -> Pieces:
+    """A safetensors file: larger dtypes first (so that each tensor is aligned), then by name.
+
+    tensors: what makes each tensor; called once for its dtype and shape, and once when it is written, so that a tensor
+    that is made for the file alone is in memory alone.
+    """
+    kinds = {name: _kind(make()) for name, make in tensors.items()}
+    order = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
-    blocks: list[memoryview] = []
     end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        block = tensor_bytes(tensor)
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + len(block)],
-        }
-        blocks.append(block)
-        end += len(block)
+    for name in order:
+        dtype, shape = kinds[name]
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    return b"".join([struct.pack("<Q", len(head)), head, *blocks])
+    return _chunks(struct.pack("<Q", len(head)) + head, tensors, order)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, list[int]]:
+    return tensor.dtype, list(tensor.shape)
+
+
+def _chunks(head: bytes, tensors: Mapping[str, Callable[[], Tensor]], order: Iterable[str]) -> Pieces:
+    yield head
+    for name in order:
+        yield tensor_bytes(tensors[name]())
