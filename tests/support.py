@@ -15,15 +15,15 @@ VOCAB = 64
 
 
 def random_adapter(
-    shapes: Mapping[str, tuple[int, int]], rank: int, *, scale: float = 2.0, seed: int = 0, size: float = 0.1
+    shapes: Mapping[str, tuple[int, ...]], rank: int, *, scale: float = 2.0, seed: int = 0, size: float = 0.1
 ) -> Adapter:
     """Both factors random: the adapter changes the function."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for path in sorted(shapes):
-        out_features, in_features = shapes[path]
-        a = torch.randn(rank, in_features, generator=generator) * size
-        b = torch.randn(out_features, rank, generator=generator) * size
+        *experts, out_features, in_features = shapes[path]
+        a = torch.randn(*experts, rank, in_features, generator=generator) * size
+        b = torch.randn(*experts, out_features, rank, generator=generator) * size
         pairs[path] = LoraPair(a, b, scale)
     return Adapter(pairs)
 

@@ -140,12 +140,12 @@ class _Fitting:
             if lower is None:
                 return
             pair = lower
-        if pair.rank < self.rank:
-            pair = pad_rank(pair, self.rank, self._fresh(path, self.rank))
-            steps.append("padded")
         if not math.isclose(pair.scale, self.scale, rel_tol=SCALE_TOLERANCE, abs_tol=0.0):
             pair = to_scale(pair, self.scale)
             steps.append("rescaled")
+        if pair.rank < self.rank:
+            pair = pad_rank(pair, self.rank, self._fresh(path, self.rank))
+            steps.append("padded")
         self.pairs[path] = LoraPair(pair.a, pair.b, self.scale)
         self.untouched &= pair.a is source.a and pair.b is source.b and source.scale == self.scale
         for step in steps or ["kept"]:

@@ -150,10 +150,12 @@ def _refuse_lone_expert(path: str) -> None:
 def _refuse_absent(model: nn.Module, targets: Sequence[str], shapes: dict[str, Shape], everything: bool) -> None:
     found = {path.rpartition(".")[2] for path in shapes}
     if missing := ([] if everything else sorted(set(targets) - found)):
-        linear = {p.rpartition(".")[2] for p, m in model.named_modules() if isinstance(m, nn.Linear | SlotLinear)}
+        for path, module in model.named_modules():
+            found |= (
+                {path.rpartition(".")[2]} if isinstance(module, nn.Linear) else set(_expert_parts(module, EXPERT_PARTS))
+            )
         raise ModelError(
-            f"{type(model).__name__} has no linear layer named {', '.join(missing)}; it has "
-            f"{', '.join(sorted(linear | found))}"
+            f"{type(model).__name__} has no linear layer named {', '.join(missing)}; it has {', '.join(sorted(found))}"
         )
     if not shapes:
         raise ModelError(f"{type(model).__name__} has no linear layer that can carry a slot")

@@ -223,10 +223,10 @@ def converter(tmp_path, monkeypatch):
     script = tmp_path / "converter.py"
     script.write_text(
         "import sys, pathlib\n"
-        "command, adapter, run = sys.argv[-3:]\n"
+        "*_, command, seed_flag, seed, adapter, run = sys.argv\n"
         "if 'bad' in adapter: sys.exit('error: rank 99 does not fit')\n"
         "folder = pathlib.Path(run, 'checkpoints', 'step_0'); folder.mkdir(parents=True)\n"
-        "(folder / 'STABLE').write_text(f'{command} {adapter}')\n"
+        "(folder / 'STABLE').write_text(f'{command} {seed_flag} {seed} {adapter}')\n"
     )
     runner = tmp_path / "python"
     runner.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
@@ -240,7 +240,7 @@ def test_a_warm_start_converts_the_adapter_once(tmp_path, base, server, converte
     tree = make_run(tmp_path, base, server.url, init_adapter_path=str(adapter))
     with FakeTrainer(tree):
         orchestrator.main(tree.root)
-    assert (tree.checkpoint(0) / "STABLE").read_text() == f"convert {adapter}"
+    assert (tree.checkpoint(0) / "STABLE").read_text() == f"convert --seed 0 {adapter}"
     adapter.rmdir()
     orchestrator.main(tree.root)
 
