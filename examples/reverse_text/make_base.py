@@ -25,6 +25,19 @@ Choices, and why:
 * Optimizer: AdamW with a short warm-up and a cosine decay, so that the last
   weights are settled whatever the seed.
 
+``--moe`` makes the example's second base, a mixture of experts, in
+``examples/reverse_text_moe/base``. Everything above holds for it too, except:
+
+* Architecture: ``Qwen3MoeForCausalLM`` with 12 experts of width 64 in every
+  layer, 2 of them a token (1.4M weights). 12 rather than 8: expert names with
+  two digits are where code that sorts or matches names goes wrong.
+* Balance: a second loss, for every layer by itself and on real tokens alone.
+  Without it, or with the one in transformers, which pools all layers and counts
+  padding, some experts see less than one token in a hundred. Evenly used
+  experts also learn the skills better: 0.999 of answers are right on two seeds,
+  and on one of them 0.84 without it and 0.95 with the one in transformers.
+* Saved in bfloat16, to stay as small as the dense base; no skill suffers.
+
 The run is seeded and uses deterministic kernels; on one machine with one
 thread count, the same arguments give the same files.
 """
@@ -42,7 +55,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 PAD, END, UNK = "<|pad|>", "<|end|>", "<|unk|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -50,6 +64,9 @@ SPECIAL_TOKENS = (PAD, END, UNK, SYSTEM, USER, ASSISTANT)
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 CONTEXT_LENGTH = 512
 IGNORED = -100  # the label that the loss skips
+BALANCE_WEIGHT = 0.05  # of the loss that spreads tokens over experts; at 0.01 one seed of two learned slowly
+
+Model = Qwen3ForCausalLM | Qwen3MoeForCausalLM
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -172,24 +189,50 @@ def make_batch(tokenizer: Tokenizer, rng: random.Random, size: int) -> tuple[Ten
     return tokens, labels
 
 
-def make_model(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
+def make_model(tokenizer: Tokenizer, moe: bool = False) -> Model:
     """Return the untrained model, drawn from torch's global generator."""
-    config = Qwen3Config(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT_LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.token_to_id(PAD),
-        eos_token_id=tokenizer.token_to_id(END),
-        bos_token_id=None,
-        dtype="float32",
+    shared = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.token_to_id(PAD),
+        "eos_token_id": tokenizer.token_to_id(END),
+        "bos_token_id": None,
+        "dtype": "float32",
+    }
+    if not moe:
+        return Qwen3ForCausalLM(Qwen3Config(**shared))
+    config = Qwen3MoeConfig(
+        **shared,
+        num_experts=12,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,  # every layer is a mixture; intermediate_size is of no effect
+        mlp_only_layers=[],
+        router_aux_loss_coef=0.0,  # batch_loss has its own
     )
-    return Qwen3ForCausalLM(config)
+    return Qwen3MoeForCausalLM(config)
+
+
+def batch_loss(model: Model, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss on the answers and, for a mixture of experts, on how unevenly each layer uses its own."""
+    if isinstance(model, Qwen3ForCausalLM):
+        return model(input_ids=tokens, labels=labels, use_cache=False).loss
+    config = model.config
+    output = model(input_ids=tokens, labels=labels, use_cache=False, output_router_logits=True)
+    real = tokens != config.pad_token_id
+    layers = [
+        load_balancing_loss_func((router_logits,), config.num_experts, config.num_experts_per_tok, real)
+        for router_logits in output.router_logits
+    ]
+    return output.loss + BALANCE_WEIGHT * torch.stack(layers).mean()
 
 
 def learning_rate(step: int, steps: int, peak: float, warm_up: int = 20) -> float:
@@ -201,7 +244,7 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: int = 20) -> floa
 
 
 def train(
-    model: Qwen3ForCausalLM,
+    model: Model,
     tokenizer: Tokenizer,
     rng: random.Random,
     steps: int,
@@ -215,7 +258,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         tokens, labels = make_batch(tokenizer, rng, batch_size)
-        loss = model(input_ids=tokens, labels=labels, use_cache=False).loss
+        loss = batch_loss(model, tokens, labels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -225,7 +268,7 @@ def train(
     model.eval()
 
 
-def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the whole model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
@@ -242,18 +285,24 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
 def main() -> None:
     """Read the arguments, train, and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
+    parser.add_argument("--moe", action="store_true", help="make the mixture-of-experts base instead")
+    parser.add_argument("--out", type=Path, help="default: base beside this file, or reverse_text_moe/base")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, help="default: 500, or 1000 with --moe")
     args = parser.parse_args()
+    here = Path(__file__).parent
+    out = args.out or (here.parent / "reverse_text_moe" / "base" if args.moe else here / "base")
+    steps = args.steps if args.steps is not None else 1000 if args.moe else 500
 
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    train(model, tokenizer, random.Random(args.seed), args.steps)
-    save_model(model, tokenizer, args.out)
-    print(f"wrote {args.out}")
+    model = make_model(tokenizer, args.moe)
+    train(model, tokenizer, random.Random(args.seed), steps)
+    if args.moe:
+        model.to(torch.bfloat16)
+    save_model(model, tokenizer, out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
