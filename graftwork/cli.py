@@ -256,7 +256,8 @@ def convert(
     options = _import_options(base, rank, alpha, targets, allow_lossy, ignore, adapter, seed)
     slots = trainer_json or (beside if beside.is_file() else None)
     done = program.convert(source, target, options, slots, ranks, rank_format, format)  # type: ignore[arg-type]
-    report = {"said": done} if isinstance(done, list) else {**done.report, "folder": str(done.folder)}
+    about = {"folder": str(target), "format": format}
+    report = {**about, "said": done} if isinstance(done, list) else {**done.report, "folder": str(done.folder)}
     lines = done if isinstance(done, list) else done.lines()
     print(json.dumps(report) if as_json else "\n".join(lines))
 

@@ -45,7 +45,9 @@ def differences(companions: Companions, base: Path | None) -> list[str]:
     if TOKENIZER in companions and TOKENIZER in theirs and not _same_json(companions[TOKENIZER], theirs[TOKENIZER]):
         found.append("its tokenizer.json is not the base's: token ids may mean other texts; the run uses the base's")
     mine, base_template = _template(companions), _template(theirs)
-    if mine is not None and base_template is not None and mine != base_template:
+    if mine is not None and base_template is None:
+        found.append("it was trained with a chat template, and the base has none: the run cannot use chat prompts")
+    elif mine is not None and base_template is not None and mine != base_template:
         found.append(
             "it was trained with ANOTHER CHAT TEMPLATE than the base's, which the run uses; the difference:\n"
             + "\n".join(_diff(base_template, mine))

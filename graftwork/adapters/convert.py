@@ -154,11 +154,12 @@ def export_adapter(disk: Disk, source: Path, out: Path, format: str, alpha: floa
         facts, companions, kind = opened.source.facts, opened.companions, opened.kind
     digest = adapter.digest()
     files = peft_files(adapter, facts, FORMATS[format])
-    _publish(disk, out, ADAPTER, {"digest": digest, "format": format}, {**files, **companions})
+    # Not `digest`: gate and up in one tensor come back as another adapter of the same function.
+    _publish(disk, out, ADAPTER, {"source_digest": digest, "format": format}, {**files, **companions})
     return [
         f"{source}: {kind}",
         *_export_notes(adapter, format),
-        f"wrote {out} (adapter {digest[:8]}, format {format})",
+        f"wrote {out} (from adapter {digest[:8]}, format {format})",
     ]
 
 

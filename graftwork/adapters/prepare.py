@@ -92,6 +92,10 @@ def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> Prepa
     adapter, report = fitting.finish()
     report.notes += source.notes
     report.warnings += [f"{what}: the function is not the source's any more" for what in source.dropped]
+    if report.energies:
+        report.warnings.append(
+            f"{_count(report.energies, 'module')} cut by SVD: the function is not the source's any more"
+        )
     source_digest = digest.hexdigest()
     about = {
         "kind": "adapter",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class BaseModel:
 
 def load_base(model: ModelConfig, lora: LoraConfig) -> BaseModel:
     """Raises ModelError, naming the folder or the module that stands in the way."""
+    _refuse_absent(model.path)
     attention.register()
     disable_progress_bar()
     device = pick_device(model.device)
@@ -98,6 +100,7 @@ def load_base(model: ModelConfig, lora: LoraConfig) -> BaseModel:
 
 def slot_spec(path: str, lora: LoraConfig) -> SlotSpec:
     """The slots that a base would have, from its config.json alone: no weight is read. Raises ModelError."""
+    _refuse_absent(path)
     try:
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
@@ -106,6 +109,13 @@ def slot_spec(path: str, lora: LoraConfig) -> SlotSpec:
         raise ModelError(f"cannot make out the base model {path!r}: {_first_line(error)}") from None
     _refuse_unusual(model, path)
     return SlotSpec(lora.max_rank, inject(model, lora.target_modules, Routing()))
+
+
+def _refuse_absent(path: str) -> None:
+    """What can only be a folder and is none is not asked for at a hub. Raises ModelError."""
+    is_path = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if is_path and not Path(path).is_dir():
+        raise ModelError(f"cannot load the base model: there is no folder {path!r}")
 
 
 def _first_line(error: Exception) -> str:

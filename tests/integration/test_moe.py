@@ -11,6 +11,7 @@ import torch
 from support import VOCAB, random_adapter, random_batch
 from test_trainer import DISK, Lab, save_adapter, status_of, trainer_files
 
+from graftwork.adapters.convert import FORMATS, export_adapter
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import Wish, prepare
 from graftwork.adapters.snapshot import snapshot_of
@@ -143,6 +144,22 @@ def test_the_sampler_and_the_trainer_agree_on_log_probs_with_several_adapters_at
             hidden = moe.hidden(micro.tokens, micro.positions, micro.plan, Route(bank, segments))[micro.loss_rows]
             ours, _ = token_logprobs(hidden, moe.head, micro.targets, temperature=1.0, chunk=64)
         assert (ours - micro.sampler_logprobs).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_the_engine_serves_every_exported_layout(engine: Engine, moe: BaseModel, tmp_path: Path, format: str) -> None:
+    """Gate and up in one tensor have twice the rank; the slots hold it, for half of its directions do nothing."""
+    source = save_adapter(tmp_path / "source", moe, rank=4, seed=0, scale=1.0)
+    export_adapter(DISK, source, tmp_path / "out", format)
+    engine.load(format, tmp_path / "out")
+    first, served = (
+        engine.submit(GenerationRequest(name, [[5, 6, 7]], n=2, max_tokens=8, seed=3)).result(timeout=60)
+        for name in ("first", format)
+    )
+    engine.unload(format)
+    for one, two in zip(first.choices, served.choices, strict=True):
+        assert one.token_ids.tolist() == two.token_ids.tolist()
+        np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["moe", "tiny"])

@@ -114,6 +114,22 @@ def test_the_first_rollouts_come_from_the_source_adapter_and_not_from_the_bare_b
     assert_first_rollouts_come_from(story, outputs / "sft" / "adapter")
 
 
+def test_an_adapter_of_another_rank_and_alpha_reaches_the_same_reward(outputs: Path, tmp_path: Path) -> None:
+    """Rank 16, alpha 32 into a run of rank 24, alpha 36: padded, rescaled, the same function; then RL as usual."""
+    source = outputs / "sft" / "adapter"
+    flags = ["--run.init_adapter_path", str(source), "--run.adapter.rank", "24", "--run.adapter.alpha", "36"]
+    graftwork("rl", RL_TOML, "--output_dir", str(tmp_path), "--lora.max_rank", "24", *flags)
+    tree = RunTree.at(tmp_path / "run_reverse")
+    said = (tmp_path / "logs" / "orchestrator.log").read_text()
+    assert "padded to the run's rank: exact" in said and "the same function as the source's" in said
+    step_0 = str(tree.checkpoint(0))
+    same = json.loads(graftwork("adapter", "diff", str(source), step_0, "--base", BASE.path, "--json").splitlines()[0])
+    assert same["same"] and same["relative_difference"] < 1e-5
+    rewards = [row["reward"] for row in read_lines(tree.metrics_jsonl)]
+    assert rewards[0] < 0.65 < np.mean(rewards[15:20])
+    assert max(row["mismatch_max"] for row in read_lines(tree.metrics_jsonl)) < 1e-4
+
+
 def test_every_batch_was_sampled_from_the_version_before_it(story: RunTree) -> None:
     for step in range(1, 26):
         found, published = read_batch(story, step), read_version(story, step - 1)

@@ -51,7 +51,7 @@ def peft_files(adapter: Adapter, facts: AdapterFacts, layout: ExpertLayout = "pe
         raise MisfitAdapter("an adapter without modules cannot be written")
     dense = {path: pair for path, pair in adapter.pairs.items() if not is_expert_stack(path)}
     stacks = {path: pair for path, pair in adapter.pairs.items() if is_expert_stack(path)}
-    filled = {} if layout in ("fused", "stacked") else _filling(stacks)
+    filled = {} if layout in ("fused", "stacked") else _filling(stacks, whole=layout == "per expert")
     stacks |= filled
     modules, parameters = sorted(dense), list[str]()
     tensors: dict[str, Later] = {}
@@ -99,15 +99,19 @@ def _by_layer(stacks: Mapping[str, LoraPair]) -> dict[str, dict[str, LoraPair]]:
     return layers
 
 
-def _filling(stacks: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+def _filling(stacks: Mapping[str, LoraPair], *, whole: bool) -> dict[str, LoraPair]:
     """Projections of zeros beside those that the adapter has: PEFT drops half of a layer's experts in silence, and vLLM
-    refuses it. The file says which they are (FILLED_KEY), and `read_peft` leaves them out again."""
-    return {
-        f"{module}.{part}": _zeros_beside(part, parts)
-        for module, parts in _by_layer(stacks).items()
-        for part in EXPERT_PARTS
-        if part not in parts
-    }
+    refuses it. The file says which they are (FILLED_KEY), and `read_peft` leaves them out again.
+
+    whole: all three; else gate and up only where both are missing, for one of them comes out of the fused tensor.
+    """
+    filled = {}
+    for module, parts in _by_layer(stacks).items():
+        absent = [part for part in EXPERT_PARTS if part not in parts]
+        if not whole and len(set(absent) - {"down_proj"}) == 1:
+            absent = [part for part in absent if part == "down_proj"]
+        filled.update({f"{module}.{part}": _zeros_beside(part, parts) for part in absent})
+    return filled
 
 
 def _zeros_beside(part: str, parts: Mapping[str, LoraPair]) -> LoraPair:

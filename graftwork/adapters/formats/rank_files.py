@@ -54,8 +54,8 @@ def read_rank_files(checkpoint: Path, alpha: float | None) -> InMemory:
     config = read_config(config_path) if config_path.exists() else None
     if config is None and alpha is None:
         raise UnsupportedAdapter(
-            f"{checkpoint}: nothing in it says the scale (there is no {config_path.name} in weight/); give --alpha, "
-            "and --rank if the tensors are wider than the run was"
+            f"{checkpoint}: nothing in it says the scale (there is no {config_path.name} in weight/); give --alpha: "
+            "the scale is then alpha / the rank of the tensors"
         )
     pairs: dict[str, LoraPair] = {}
     for path, (a, b, module) in _pairs(whole, folder).items():
@@ -81,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of one rank. Raises UnreadableAdapter."""
+    """The tensors of one rank. Raises UnreadableAdapter, UnsupportedAdapter, naming the tensor."""
     with open_plain(path) as (file, _):
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -94,47 +94,58 @@ def _load(path: Path) -> dict[str, Tensor]:
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
             raise UnreadableAdapter(f"{path}: {quote(name)} is no tensor of numbers")
+        if (parsed := TensorName.parse(name)) is None or parsed.layout not in ("dense", "stacked"):
+            raise UnsupportedAdapter(f"{path}: {quote(name)} is no LoRA factor of a module")
     return model
 
 
 def _assemble(ranks: Sequence[Mapping[str, Tensor]], folder: Path) -> dict[str, Tensor]:
     """Whole tensors. Plain ones that are the same on every rank are whole already; else they are pieces of axis 0."""
     names = list(dict.fromkeys(name for rank in ranks for name in rank))
-    plain = [name for name in names if not any(isinstance(rank.get(name), DTensor) for rank in ranks)]
-    replicated = all(_same([rank.get(name) for rank in ranks]) for name in plain)
+    for name in names:
+        if absent := [number for number, rank in enumerate(ranks) if name not in rank]:
+            raise UnreadableAdapter(f"{folder}: {quote(name)} is missing on rank {listed(map(str, absent))}")
+    plain = [name for name in names if not isinstance(ranks[0][name], DTensor)]
+    replicated = all(torch.equal(rank[name], ranks[0][name]) for name in plain for rank in ranks[1:])
     whole = {}
     for name in names:
-        parts = [rank[name] for rank in ranks if name in rank]
-        first = parts[0]
-        if isinstance(first, DTensor):
-            placements = [p for p in first.placements if not p.is_replicate()]
-            axis = placements[0].dim if placements and isinstance(placements[0], Shard) else None
-            local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
-            whole[name] = local[0] if axis is None else torch.cat(local, dim=axis)
+        parts = [rank[name] for rank in ranks]
+        if isinstance(parts[0], DTensor):
+            whole[name] = _joined_distributed(parts, name, folder)
         else:
-            whole[name] = first if replicated else _joined([part for part in parts if part.numel()], name, folder)
+            whole[name] = parts[0] if replicated else _joined(parts, name, folder)
+    return whole
+
+
+def _joined_distributed(parts: list[Tensor], name: str, folder: Path) -> Tensor:
+    """Raises UnreadableAdapter unless the local pieces make up the shape that they say."""
+    first = parts[0]
+    assert isinstance(first, DTensor)
+    local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
+    cuts = [placement for placement in first.placements if isinstance(placement, Shard)]
+    whole = local[0] if not cuts else torch.cat([part for part in local if part.numel()], dim=cuts[0].dim)
+    if whole.shape != first.shape:
+        raise UnreadableAdapter(
+            f"{folder}: {quote(name)} is cut as {first.placements}, and the ranks' pieces make {list(whole.shape)} of "
+            f"{list(first.shape)}; only one axis of ranks is put together: gather the tensors, and save them again"
+        )
     return whole
 
 
 def _joined(parts: list[Tensor], name: str, folder: Path) -> Tensor:
-    if not parts or len({part.shape[1:] for part in parts}) > 1:
+    held = [part for part in parts if part.numel()]
+    if not held or len({part.shape[1:] for part in held}) > 1:
         raise UnreadableAdapter(f"{folder}: the pieces of {quote(name)} on the ranks do not fit together")
-    return torch.cat(parts)
-
-
-def _same(parts: Sequence[Tensor | None]) -> bool:
-    first = parts[0]
-    return first is not None and all(part is not None and torch.equal(part, first) for part in parts)
+    return torch.cat(held)
 
 
 def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor, str]]:
-    """Module path -> (A, B, its path in the file). Raises UnreadableAdapter, UnsupportedAdapter, naming the tensor."""
+    """Module path -> (A, B, its path in the file). Raises UnreadableAdapter, naming the tensor."""
     sides: dict[str, dict[str, Tensor]] = {}
     modules = {}
     for tensor_name, tensor in tensors.items():
         name = TensorName.parse(tensor_name)
-        if name is None or name.layout not in ("dense", "stacked"):
-            raise UnsupportedAdapter(f"{folder}: {quote(tensor_name)} is no LoRA factor of a module")
+        assert name is not None, "checked when it was loaded"
         if not bool(torch.isfinite(tensor).all()):
             raise UnreadableAdapter(
                 f"{folder}: {quote(tensor_name)} holds a number that is not finite; take an earlier step"
