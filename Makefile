@@ -8,16 +8,17 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-smollm2 test test-all check proof-main clean
+.PHONY: help demo demo-smollm2 test test-all check proof-main proof-adapters clean
 
 help:
-	@echo "make demo          SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
-	@echo "make demo-smollm2  the same commands on SmolLM2-135M-Instruct, about 40 minutes"
-	@echo "make test          all tests but the slow ones"
-	@echo "make test-all      the slow ones too"
-	@echo "make check         ruff and mypy"
-	@echo "make proof-main    kill and resume at full size; writes proof/main.json"
-	@echo "make clean         remove .venv and caches; outputs/ and proof/ stay"
+	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
+	@echo "make demo-smollm2    the same commands on SmolLM2-135M-Instruct, about 40 minutes"
+	@echo "make test            all tests but the slow ones"
+	@echo "make test-all        the slow ones too"
+	@echo "make check           ruff and mypy"
+	@echo "make proof-main      kill and resume at full size; writes proof/main.json"
+	@echo "make proof-adapters  imports against PEFT, hostile files, cost; writes proof/adapters.json"
+	@echo "make clean           remove .venv and caches; outputs/ and proof/ stay"
 
 # The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
 $(STAMP): pyproject.toml constraints.txt
@@ -52,6 +53,9 @@ check: $(STAMP)
 
 proof-main: $(STAMP)
 	$(RUN) -m proofs.main $(PROOF_ARGS)
+
+proof-adapters: $(STAMP)
+	$(RUN) -m proofs.adapters $(PROOF_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

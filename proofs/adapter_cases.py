@@ -432,6 +432,7 @@ def _other_targets() -> list[Case]:
     return [
         Case("qwen3, more targets", "qwen3", peft(**QV), targets=qvo),
         Case("qwen3, all targets, rank 8", "qwen3", peft(**QV), targets=wide, wish=Wish(rank=8)),
+        Case("moe, all-linear as PEFT sees it", "moe", peft(target_modules="all-linear")),
         Case("moe, attention into experts' slots", "moe", peft(target_modules=ATTENTION), targets=wide),
         Case("moe, gate_up into all slots", "moe", MOE_SOURCES["gate_up alone"], targets=wide, wish=Wish(rank=8)),
         Case("llama, one layer into all", "llama", peft(layers_to_transform=[1], **QV), targets=wide),

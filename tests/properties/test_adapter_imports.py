@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,8 @@ RENAMES: list[Make | None] = [
     renamed(".weight", ".default.weight"),
 ]
 SINGLE_EXPERT_FILES: list[Make | None] = [*RENAMES, written(stacked), written(mixtral_names)]
+DRAWN = int(os.environ.get("GRAFTWORK_DRAWN_IMPORTS", "40"))
+"""`make proof-adapters` draws more."""
 RANKS = st.integers(1, 8)
 ALPHAS = st.one_of(st.integers(1, 64).map(float), st.floats(0.1, 100))
 
@@ -62,7 +65,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=DRAWN, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(case=cases())
 def test_any_combination_is_the_same_function(case: Case, lab: Lab) -> None:
