@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from graftwork.adapters.canonical import tensor_bytes
-from graftwork.adapters.formats.untrusted import open_plain, parse_json_object, quote, read_exactly
+from graftwork.adapters.formats.untrusted import json_members, open_plain, quote, read_exactly
 from graftwork.errors import UnreadableAdapter, UnsupportedAdapter
 from graftwork.store.disk import Pieces
 
 HEADER_BYTES_MAX = 16 * 2**20
+MEMBER_CHARACTERS_MAX = 2**18
+"""Of one tensor's entry, or of the metadata."""
 TENSORS_MAX = 100_000
 NAME_CHARACTERS_MAX = 512
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,14 +35,18 @@ OTHER_DTYPES = frozenset(
     | {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 )
 METADATA = "__metadata__"
+ENTRY_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+Sizes = tuple[int, ...]
+"""A tensor's shape."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of the header, checked: `start` counts bytes from the beginning of the file."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: Sizes
     start: int
 
     @property
@@ -93,21 +99,27 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
                 f"{path}: says its header has {length} bytes; the file has {size}, and {HEADER_BYTES_MAX} are the most "
                 "that is read. It is cut short or not safetensors"
             )
-        raw = bytearray(length)
-        read_exactly(file, memoryview(raw), f"{path}: header")
-        header = _parse(bytes(raw), f"{path}: header")
-        metadata = _metadata(header.pop(METADATA, {}), path)
-        entries = {name: _entry(name, about, 8 + length, path) for name, about in header.items()}
+        entries, metadata = _read_header(file, length, path)
         _check_layout(entries, 8 + length, size, path)
         yield TensorFile(path, file, entries, metadata)
 
 
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
-    if not raw.startswith(b"{"):
-        raise UnreadableAdapter(f"{where} does not start with '{{': not a safetensors file")
-    if raw.count(b"{") > TENSORS_MAX + 2 or raw.count(b"[") > 2 * TENSORS_MAX or raw.count(b",") > 10 * TENSORS_MAX:
-        raise UnreadableAdapter(f"{where} lists more than the {TENSORS_MAX} tensors that are read at most")
-    return parse_json_object(raw, where, max_depth=3)
+def _read_header(file: BinaryIO, length: int, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries and metadata, each checked while the next is not yet read."""
+    where = f"{path}: header"
+    entries: dict[str, Entry] = {}
+    shapes: dict[Sizes, Sizes] = {}
+    metadata: dict[str, str] | None = None
+    for name, about in json_members(file, length, where, MEMBER_CHARACTERS_MAX):
+        if name in entries or (name == METADATA and metadata is not None):
+            raise UnreadableAdapter(f"{where}: {quote(name)} stands there twice, so its value is unclear")
+        if name == METADATA:
+            metadata = _metadata(about, path)
+            continue
+        if len(entries) == TENSORS_MAX:
+            raise UnreadableAdapter(f"{where} lists more than the {TENSORS_MAX} tensors that are read at most")
+        entries[name] = _entry(name, about, 8 + length, shapes, path)
+    return entries, metadata or {}
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
@@ -116,37 +128,45 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
     return value
 
 
-def _entry(name: str, about: Any, data_start: int, path: Path) -> Entry:
-    """One line of the header. Raises UnreadableAdapter or UnsupportedAdapter, naming the tensor."""
-    where = f"{path}: tensor {quote(name)}"
+def _entry(name: str, about: Any, data_start: int, shapes: dict[Sizes, Sizes], path: Path) -> Entry:
+    """One line of the header. Raises UnreadableAdapter or UnsupportedAdapter, naming the tensor.
+
+    shapes: those of the entries before; of equal ones, one is kept.
+    """
+
+    def where() -> str:
+        return f"{path}: tensor {quote(name)}"
+
     if not name.isascii() or not name.isprintable() or not 0 < len(name) <= NAME_CHARACTERS_MAX:
-        raise UnreadableAdapter(f"{where}: not a name that a module can have")
-    if not isinstance(about, dict) or about.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UnreadableAdapter(f"{where}: the header must give dtype, shape and data_offsets, and nothing else")
+        raise UnreadableAdapter(f"{where()}: not a name that a module can have")
+    if not isinstance(about, dict) or about.keys() != ENTRY_FIELDS:
+        raise UnreadableAdapter(f"{where()}: the header must give dtype, shape and data_offsets, and nothing else")
     shape, offsets, dtype = about["shape"], about["data_offsets"], about["dtype"]
     if not _naturals(shape) or len(shape) > 8:
-        raise UnreadableAdapter(f"{where}: its shape is not a list of whole numbers")
+        raise UnreadableAdapter(f"{where()}: its shape is not a list of whole numbers")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise UnreadableAdapter(f"{where}: its data_offsets are not two whole numbers")
+        raise UnreadableAdapter(f"{where()}: its data_offsets are not two whole numbers")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         if isinstance(dtype, str) and dtype in OTHER_DTYPES:
-            raise UnsupportedAdapter(f"{where} has dtype {dtype}; save the adapter as F32, BF16 or F16")
-        raise UnreadableAdapter(f"{where}: unknown dtype {quote(dtype)}; expected F32, BF16 or F16")
-    entry = Entry(DTYPES[dtype], tuple(shape), data_start + offsets[0])
+            raise UnsupportedAdapter(f"{where()} has dtype {dtype}; save the adapter as F32, BF16 or F16")
+        raise UnreadableAdapter(f"{where()}: unknown dtype {quote(dtype)}; expected F32, BF16 or F16")
+    sizes = tuple(shape)
+    entry = Entry(DTYPES[dtype], shapes.setdefault(sizes, sizes), data_start + offsets[0])
     if (held := offsets[1] - offsets[0]) != entry.bytes:
-        raise UnreadableAdapter(f"{where}: {dtype}{shape} needs {entry.bytes} bytes, its data_offsets hold {held}")
+        raise UnreadableAdapter(f"{where()}: {dtype}{shape} needs {entry.bytes} bytes, its data_offsets hold {held}")
     return entry
 
 
 def _naturals(value: Any) -> bool:
     """Whether it is a list of whole numbers that a file can address."""
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+    return isinstance(value, list) and not [n for n in value if type(n) is not int or not 0 <= n < 2**63]
 
 
 def _check_layout(entries: Mapping[str, Entry], data_start: int, size: int, path: Path) -> None:
     """The tensors follow one another from the header to the end of the file: no gap, no overlap, nothing beyond."""
     end = data_start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
+    for name in sorted(sorted(entries, key=lambda name: entries[name].bytes), key=lambda name: entries[name].start):
+        entry = entries[name]
         if entry.start != end:
             kind = "overlaps the one before it" if entry.start < end else "leaves a gap before it"
             raise UnreadableAdapter(f"{path}: tensor {name} {kind} (begins at byte {entry.start}, expected {end})")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,12 @@ from typing import Any, BinaryIO, NoReturn
 from graftwork.errors import UnreadableAdapter
 
 QUOTE_CHARACTERS = 80
+VALUES_MAX = 2**16
+"""In a JSON object that is parsed whole; empty lists and tables take 60 times their bytes of memory."""
+_SPACES = r"[ \t\r\n]*"
+OPENING = re.compile(rf'\{{{_SPACES}(?:(?=")|(?P<end>\}}){_SPACES})')
+NEXT = re.compile(rf'{_SPACES}(?:,{_SPACES}(?=")|(?P<end>\}}){_SPACES})')
+COLON = re.compile(rf"{_SPACES}:{_SPACES}")
 
 
 def quote(value: Any) -> str:
@@ -63,10 +71,66 @@ def read_exactly(file: BinaryIO, into: memoryview, where: str) -> None:
 
 
 def parse_json_object(data: bytes, where: str, max_depth: int) -> dict[str, Any]:
-    """A JSON object: UTF-8, no name twice, no NaN, at most `max_depth` deep.
+    """A JSON object: UTF-8, no name twice, no NaN, at most `max_depth` deep and of VALUES_MAX values.
 
     Raises UnreadableAdapter, naming `where`.
     """
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > VALUES_MAX:
+        raise UnreadableAdapter(f"{where} holds more than the {VALUES_MAX} values that are read at most")
+    try:
+        value = _decoder(where).decode(data.decode("utf-8"))
+    except RecursionError:
+        raise UnreadableAdapter(f"{where}: nested more than {max_depth} deep; no adapter's is") from None
+    except ValueError as error:
+        raise UnreadableAdapter(f"{where} is not JSON ({str(error)[:QUOTE_CHARACTERS]})") from None
+    if not isinstance(value, dict):
+        raise UnreadableAdapter(f"{where} holds a JSON {type(value).__name__}, expected an object")
+    if _deeper_than(value, max_depth):
+        raise UnreadableAdapter(f"{where}: nested more than {max_depth} deep; no adapter's is")
+    return value
+
+
+def json_members(file: BinaryIO, length: int, where: str, longest: int) -> Iterator[tuple[str, Any]]:
+    """Name and value of each member of the JSON object that the file's next `length` bytes are, while they are read:
+    however long the object is, a few times `longest` characters are in memory.
+
+    longest: what a member may have. A name that comes twice, and what a value holds, is for the caller to judge.
+    Raises UnreadableAdapter, naming `where`.
+    """
+    scan, decode = _decoder(where).raw_decode, codecs.getincrementaldecoder("utf-8")().decode
+    text, at, before = "", 0, 0  # read and not yet dropped; the place in it; characters dropped
+    mark_at = OPENING
+    try:
+        while True:
+            while length and len(text) - at < longest:
+                raw = bytearray(min(length, longest))
+                read_exactly(file, memoryview(raw), where)
+                length -= len(raw)
+                text, at, before = text[at:] + decode(raw, not length), 0, before + at
+            mark = mark_at.match(text, at)
+            if mark is None:
+                raise ValueError("does not start with {" if mark_at is OPENING else "expected a comma and a name, or }")
+            if mark["end"]:
+                if length or mark.end() < len(text):
+                    raise ValueError("goes on after its end")
+                return
+            name, end = scan(text, mark.end())
+            colon = COLON.match(text, end)
+            if colon is None:
+                raise ValueError("expected a colon")
+            value, end = scan(text, colon.end())
+            yield name, value
+            mark_at, at = NEXT, end
+    except RecursionError:
+        raise UnreadableAdapter(f"{where}: nested more than a reader can follow; no adapter's is") from None
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:QUOTE_CHARACTERS]
+        long = f", or a piece of it has more than {longest} characters" if length else ""
+        raise UnreadableAdapter(f"{where} is not JSON after character {before + at} ({reason}){long}") from None
+
+
+def _decoder(where: str) -> json.JSONDecoder:
+    """One that refuses, naming `where`, what JSON leaves open: names that come twice, and NaN."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -79,17 +143,7 @@ def parse_json_object(data: bytes, where: str, max_depth: int) -> dict[str, Any]
     def no_constant(name: str) -> NoReturn:
         raise UnreadableAdapter(f"{where}: {name} is not a JSON number")
 
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=no_constant)
-    except RecursionError:
-        raise UnreadableAdapter(f"{where}: nested more than {max_depth} deep; no adapter's is") from None
-    except ValueError as error:
-        raise UnreadableAdapter(f"{where} is not JSON ({str(error)[:QUOTE_CHARACTERS]})") from None
-    if not isinstance(value, dict):
-        raise UnreadableAdapter(f"{where} holds a JSON {type(value).__name__}, expected an object")
-    if _deeper_than(value, max_depth):
-        raise UnreadableAdapter(f"{where}: nested more than {max_depth} deep; no adapter's is")
-    return value
+    return json.JSONDecoder(object_pairs_hook=once, parse_constant=no_constant)
 
 
 def _deeper_than(value: Any, depth: int) -> bool:
