@@ -129,7 +129,7 @@ def orchestrator(
 
 AdapterPath = Annotated[Path, typer.Argument(help="A saved adapter (PEFT), or a trainer's checkpoint.")]
 Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base model.")]
-Rank = Annotated[int | None, typer.Option(min=1, help="Rank of the run. Default: the adapter's highest.")]
+Rank = Annotated[int | None, typer.Option(min=1, max=65536, help="Rank of the run. Default: the adapter's highest.")]
 Alpha = Annotated[float | None, typer.Option(help="Scale = alpha / rank. Default: the scale is the adapter's.")]
 Targets = Annotated[str | None, typer.Option(help="q_proj,v_proj or all-linear. Default: the adapter's own modules.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Cut a rank that is too high by SVD; else it is refused.")]
@@ -158,7 +158,6 @@ def adapter_inspect(
     path: AdapterPath,
     adapter: Name = None,
     ignore: Ignore = None,
-    alpha: Annotated[float | None, typer.Option(help="For rank_N.pt that do not say it.")] = None,
     as_json: Json = False,
 ) -> None:
     """What is in an adapter: modules, ranks, scales, layout, digest, norms, anything odd."""
@@ -166,7 +165,7 @@ def adapter_inspect(
     from graftwork.programs import adapter as program
     from graftwork.programs.tables import inspect_lines
 
-    found = program.inspect(path, Choice(tuple(ignore or ()), adapter), alpha)
+    found = program.inspect(path, Choice(tuple(ignore or ()), adapter))
     print(json.dumps(found) if as_json else "\n".join(inspect_lines(found)))
 
 
@@ -197,13 +196,12 @@ def adapter_export(
     path: AdapterPath,
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
     format: Format = "peft",
-    alpha: Annotated[float | None, typer.Option(help="For rank_N.pt that do not say it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter in the layout that its reader wants; it differs for mixtures of experts only."""
     from graftwork.programs import adapter as program
 
-    lines = program.export(path, out, format, alpha)
+    lines = program.export(path, out, format)
     print(json.dumps({"folder": str(out), "format": format, "said": lines}) if as_json else "\n".join(lines))
 
 

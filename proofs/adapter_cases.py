@@ -324,6 +324,56 @@ def mixtral_names(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[st
     return found
 
 
+def rslora(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    config["use_rslora"] = True
+    return tensors
+
+
+def experts_of_other_alpha(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    config["alpha_pattern"] = {"experts.10.up_proj": 20, "experts.1.up_proj": 2, "gate_proj": 5}
+    return tensors
+
+
+def experts_of_other_rank(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    config["rank_pattern"] = {"experts.10.up_proj": 2, "down_proj": 3}
+    config["alpha_pattern"] = {"experts.10.up_proj": 4, "down_proj": 6}  # the scale stays 2
+    changed = {}
+    for name, tensor in tensors.items():
+        rank = 2 if "experts.10.up_proj" in name else 3 if "down_proj" in name else 4
+        changed[name] = tensor[:rank] if "lora_A" in name else tensor[:, :rank]
+    return changed
+
+
+EXPERT_SCALES: dict[str, Change] = {
+    "rsLoRA": rslora, "unequal alphas": experts_of_other_alpha, "unequal ranks": experts_of_other_rank,
+}  # fmt: skip
+
+
+def of_one_scale(change: Change) -> Make:
+    """The same function as single experts of rank 4 and alpha 8 alone. PEFT fuses those by r and lora_alpha, whatever
+    patterns and rsLoRA say: so each expert's own scale is put into its B, and its rank filled up with zeros."""
+
+    def plain(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+        changed = change(tensors, about := dict(config))
+        found = {}
+        for name, tensor in changed.items():
+            module = name.partition(".lora_")[0]
+            rank = changed[f"{module}.lora_A.weight"].shape[0]
+            alpha = next((a for key, a in about.get("alpha_pattern", {}).items() if module.endswith(f".{key}")), 8)
+            scale = alpha / (rank**0.5 if about.get("use_rslora") else rank)
+            filled = torch.zeros(4, tensor.shape[1]) if "lora_A" in name else torch.zeros(tensor.shape[0], 4)
+            filled[: tensor.shape[0], : tensor.shape[1]] = tensor if "lora_A" in name else tensor * (scale / 2)
+            found[name] = filled
+        return found
+
+    return lambda base, folder: rewritten(experts()(base, folder.parent / "plain"), folder, plain)
+
+
+def from_plain(change: Change) -> Make:
+    """What `of_one_scale` started from, changed: the file as it was saved."""
+    return lambda source, folder: rewritten(source.parent / "plain", folder, change)
+
+
 def half_of_a_pair(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.q_proj.lora_B" not in name}
 
@@ -432,7 +482,6 @@ def _other_targets() -> list[Case]:
     return [
         Case("qwen3, more targets", "qwen3", peft(**QV), targets=qvo),
         Case("qwen3, all targets, rank 8", "qwen3", peft(**QV), targets=wide, wish=Wish(rank=8)),
-        Case("moe, all-linear as PEFT sees it", "moe", peft(target_modules="all-linear")),
         Case("moe, attention into experts' slots", "moe", peft(target_modules=ATTENTION), targets=wide),
         Case("moe, gate_up into all slots", "moe", MOE_SOURCES["gate_up alone"], targets=wide, wish=Wish(rank=8)),
         Case("llama, one layer into all", "llama", peft(layers_to_transform=[1], **QV), targets=wide),
@@ -467,6 +516,10 @@ def _other_layouts() -> list[Case]:
         Case("moe, w1 w2 w3", "moe", experts(), written(numbered)),
         Case("moe, one A for all", "moe", shared_experts, written(shared_outer)),
         Case("moe, one A for all, as an axis", "moe", shared_experts, written(shared_axis)),
+        *(
+            Case(f"moe, single experts, {name}", "moe", of_one_scale(change), from_plain(change))
+            for name, change in EXPERT_SCALES.items()
+        ),
         Case("moe, block-diagonal back to its rank", "moe", saved_again_by_peft, wish=Wish(rank=4)),
     ]
 
@@ -501,6 +554,7 @@ def refused_cases() -> list[Case]:
         ("the head", "qwen3", peft(target_modules=["q_proj", "lm_head"]), None, {}, s, "PEFT's copy of lm_head"),
         ("a router", "moe", peft(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"]), None, {}, m,
          "slots do not have: model.layers.0.mlp.gate"),
+        ("all-linear, which takes the router in", "moe", peft(target_modules="all-linear"), None, {}, m, "mlp.gate"),
         ("r against the tensors", "qwen3", qv, written(another_rank), {}, u, "adapter_config.json says r = 3"),
         ("half a pair", "qwen3", qv, written(half_of_a_pair), {}, u, "layers.1.self_attn.q_proj.lora_B"),
         ("a module outside the targets", "qwen3", peft(target_modules=ATTENTION), None,

@@ -107,11 +107,11 @@ def cost(proof: Proof, megabytes: int, folder: Path) -> None:
 def drawn(proof: Proof, seed: int, count: int) -> None:
     """The property test of `make test`, with more examples and a seed that is told."""
     test = "tests/properties/test_adapter_imports.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", test, f"--hypothesis-seed={seed}"], check=False, capture_output=True, text=True,
-        env={**os.environ, "GRAFTWORK_DRAWN_IMPORTS": str(count), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    proof.figures["drawn combinations"] = {"asked": count, "done": count if done.returncode == 0 else 0, "seed": seed}
+    command = [sys.executable, "-m", "pytest", test, f"--hypothesis-seed={seed}"]
+    settings = {**os.environ, "GRAFTWORK_DRAWN_IMPORTS": str(count), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=settings)
+    equal = count if done.returncode == 0 else 0
+    proof.figures["drawn combinations"] = {"asked": count, "done": equal, "seed": seed}
     proof.check(done.returncode == 0, f"drawn combinations, seed {seed}: {done.stdout[-2000:]}")
     print(f"drawn: {count} combinations, {'all equal' if done.returncode == 0 else 'NOT all equal'}", flush=True)
 

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 from graftwork.adapters.canonical import Adapter, LoraPair
-from graftwork.adapters.convert import convert_adapter
+from graftwork.adapters.convert import convert_adapter, export_adapter
 from graftwork.adapters.formats.peft_write import write_peft
-from graftwork.adapters.formats.rank_files import rank_file
+from graftwork.adapters.formats.rank_files import has_rank_files, rank_file
 from graftwork.adapters.formats.tensor_file import HEADER_BYTES_MAX, MEMBER_CHARACTERS_MAX, TENSORS_MAX
 from graftwork.adapters.formats.untrusted import VALUES_MAX, listed
 from graftwork.adapters.source import AdapterFacts
@@ -474,6 +474,53 @@ def state(**tensors: Any) -> Break:
     return rank_0(lambda _: saved(content))
 
 
+def patterns(field: str, form: str, count: int, start: str = "{", end: str = "}") -> Break:
+    """A thousand modules, and a configuration full of patterns to compare them with."""
+
+    def spoil(folder: Path) -> None:
+        modules = adapter({f"model.layers.{index}.q_proj": (1, 1) for index in range(1000)}, 1)
+        for name, data in write_peft(modules, AdapterFacts()).items():
+            (folder / name).write_bytes(data)
+        config(**{field: ...})(folder)
+        large_config(f'"{field}":{start}', by_key(form, count), end)(folder)
+
+    return spoil
+
+
+def all_filled(folder: Path) -> None:
+    """Modules of zeros, and the header says that none of them is the adapter's."""
+    files = write_peft(adapter({"m": (2, 2)}, 1), AdapterFacts())
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    about, body = split(folder)
+    about["__metadata__"]["graftwork_filled"] = "m"
+    (folder / TENSORS).write_bytes(joined(json.dumps(about).encode(), bytes(len(body))))
+
+
+def deflated(numbers: int) -> bytes:
+    """A state dict of zeros, a hundred times as large as its file."""
+    content = {"model": {"x.lora_A.weight": torch.zeros(2, numbers // 2), "x.lora_B.weight": torch.zeros(6, 2)}}
+    packed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(content))) as plain,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for member in plain.infolist():
+            out.writestr(member.filename, plain.read(member))
+    return packed.getvalue()
+
+
+def moved_away(part: str) -> Break:
+    """A folder of the checkpoint is elsewhere, and a link in its place."""
+
+    def spoil(folder: Path) -> None:
+        as_checkpoint(folder)
+        (folder / part).rename(folder.parent / f"other_{part}")
+        (folder / part).symlink_to(folder.parent / f"other_{part}")
+
+    return spoil
+
+
 def checkpoint(then: Break) -> Break:
     return both(as_checkpoint, then)
 
@@ -508,6 +555,8 @@ U, S = UnreadableAdapter, UnsupportedAdapter
 LONG = 10**5
 TOO_LONG = f"a piece of it has more than {MEMBER_CHARACTERS_MAX} characters"
 NO_PLAIN_VALUES = "cannot be read as tensors and plain values"
+NO_SAVE = "is no file of torch.save"
+ONE = "base_model.model."
 MANY_FIELDS = filled("{", by_key('"%s":0', 10**6)(), "}", CONFIG_BYTES)
 MANY_LISTS = filled('{"a":[', repeated("[]")(), "]}", CONFIG_BYTES)
 ZIP = zipped()
@@ -787,25 +836,49 @@ CASES: list[Hostile] = [
         U,
         "is nan",
     ),
+    Hostile("regular rank_pattern, many modules", patterns("rank_pattern", '"%s(a+)+$":1', 60_000), U, "is nan"),
+    Hostile("target_parameters, many modules", patterns("target_parameters", '"%s"', 60_000, "[", "]"), U, "is nan"),
+    Hostile(
+        "filled says one name often",
+        header(lambda h: h["__metadata__"].update(graftwork_filled="m " * 10**5)),
+        U,
+        "which is no module of zeros",
+    ),
+    Hostile("filled names everything", all_filled, U, "names every module"),
+    Hostile("one factor for 4096 experts", stack([2, 2**18], [4096, 1, 2]), S, "it is 2147483648 numbers a factor"),
     # trainer/rank_N.pt
     Hostile("rank file runs a command", rank_0(lambda f: saved({"model": touching(f)})), U, NO_PLAIN_VALUES),
-    Hostile("rank file of old runs a command", rank_0(lambda f: saved(touching(f), zipped=False)), U, NO_PLAIN_VALUES),
-    Hostile("rank file a bare pickle", rank_0(lambda f: pickle.dumps(touching(f), protocol=2)), U, NO_PLAIN_VALUES),
-    Hostile("rank file empty", rank_0(lambda _: b""), U, NO_PLAIN_VALUES),
-    Hostile("rank file of random bytes", rank_0(lambda _: bytes(range(1, 256)) * 100), U, NO_PLAIN_VALUES),
+    Hostile("rank file of old runs a command", rank_0(lambda f: saved(touching(f), zipped=False)), U, NO_SAVE),
+    Hostile("rank file a bare pickle", rank_0(lambda f: pickle.dumps(touching(f), protocol=2)), U, NO_SAVE),
+    Hostile("rank file a pickle of marks", rank_0(lambda _: b"\x80\x02" + b"(" * 2_000_000 + b"t."), U, NO_SAVE),
+    Hostile("rank file empty", rank_0(lambda _: b""), U, NO_SAVE),
+    Hostile("rank file of random bytes", rank_0(lambda _: bytes(range(1, 256)) * 100), U, NO_SAVE),
     Hostile("rank file a zip of something", rank_0(lambda _: ZIP), U, NO_PLAIN_VALUES),
+    Hostile("rank file compressed", rank_0(lambda _: deflated(2**22)), U, "is compressed"),
+    Hostile("rank file expanded", state(x__lora_A__weight=torch.zeros(1).expand(2, 2**28)), U, "is no tensor of"),
+    Hostile("rank file sparse", state(x__lora_A__weight=torch.ones(2, 8).to_sparse()), U, "is no tensor of"),
+    Hostile("rank file on no device", state(x__lora_A__weight=torch.ones(2, 8, device="meta")), U, "is no tensor of"),
+    Hostile("rank file of float8", state(x__lora_A__weight=torch.ones(2, 8).to(torch.float8_e5m2)), U, "is no tensor"),
+    Hostile("rank file of float64", state(x__lora_A__weight=torch.ones(2, 8).double()), U, "is no tensor of"),
+    Hostile("rank file of no directions", state(x__lora_A__weight=torch.ones(0, 8)), U, "do not"),
+    Hostile("rank file of a long name", state(**{"x" * 100_000 + "__lora_A__weight": torch.ones(2, 8)}), U, "xxx..."),
+    Hostile("rank file of many prefixes", state(**{ONE * 60_000 + "x__lora_A__weight": torch.ones(2, 8)}), U, "..."),
+    Hostile("rank file twice", state(**{ONE.replace(".", "__") + "x__lora_A__weight": torch.ones(2, 8)}), U, "second"),
+    Hostile("rank file 999999 alone", checkpoint(beside("trainer/rank_999999.pt", b"")), U, "rank_1.pt is"),
+    Hostile("rank files behind a link", moved_away("trainer"), U, "symbolic link"),
+    Hostile("scale behind a link", moved_away("weight"), U, "symbolic link"),
     *(
         Hostile(
             f"rank file cut to {part}/4",
             checkpoint(cut(RANK_0, len(rank_file(adapter(), 0, 1)) * part // 4)),
             U,
-            NO_PLAIN_VALUES,
+            NO_SAVE,
         )
         for part in (1, 2, 3)
     ),
     Hostile("rank file a list", rank_0(lambda _: saved([1, 2])), U, "holds no table of tensors"),
     Hostile("rank file of no tensor", rank_0(lambda _: saved({"model": {}})), U, "holds no table of tensors"),
-    Hostile("rank file of texts", state(x__lora_A__weight="a"), U, "is no tensor of numbers"),
+    Hostile("rank file of texts", state(x__lora_A__weight="a"), U, "is no tensor of"),
     Hostile("rank file of whole numbers", state(x__lora_A__weight=torch.ones(2, 8).long()), U, "is no tensor of"),
     Hostile("rank file of complex numbers", state(x__lora_A__weight=torch.ones(2, 8) * 1j), U, "is no tensor of"),
     Hostile("rank file with NaN", state(x__lora_B__weight=torch.full((6, 2), torch.nan)), U, "is not finite"),
@@ -813,7 +886,7 @@ CASES: list[Hostile] = [
     Hostile("rank file with another weight", state(lm_head__weight=torch.ones(2, 2)), S, "is no LoRA factor"),
     Hostile("rank file with a path", state(**{"../../x__lora_A__weight": torch.ones(2, 2)}), S, "is no LoRA factor"),
     Hostile("rank file with half a pair", state(x__lora_B__weight=...), U, "half of the pair of x is missing"),
-    Hostile("rank file of a vector", state(x__lora_A__weight=torch.ones(8)), U, "do not belong together"),
+    Hostile("rank file of a vector", state(x__lora_A__weight=torch.ones(8)), U, "is no tensor of"),
     Hostile("rank file of two ranks", state(x__lora_A__weight=torch.ones(3, 8)), U, "do not belong together"),
     Hostile("rank file a link", checkpoint(link(RANK_0)), U, "symbolic link"),
     Hostile("rank file a pipe", checkpoint(replaced(RANK_0, os.mkfifo)), U, "not a plain file"),
@@ -900,8 +973,12 @@ def forget_highest() -> bool:
 
 def attempt(folder: Path) -> tuple[str | None, str]:
     """(error, message) of taking it for an adapter; nothing of it stays in memory."""
+    outputs = folder.parent / "outputs"
     try:
-        convert_adapter(Disk(), folder, folder.parent / "outputs" / "run_x")
+        if has_rank_files(folder):
+            export_adapter(Disk(), folder, outputs / "adapter", "peft", older=True)
+        else:
+            convert_adapter(Disk(), folder, outputs / "run_x")
     except Exception as error:  # noqa: BLE001 - any other than an AdapterError is what is looked for
         return type(error).__name__, str(error)
     return None, ""
@@ -937,6 +1014,7 @@ def examine(case: Hostile, place: Path, watch: Watch) -> Finding:
 
 def main(folder: Path) -> None:
     """Print a Finding a case. Good adapters first: what Python and torch load on first use is loaded then."""
+    "".encode("cp437")  # names in zip files
     watch = Watch()
     for name, make in (("peft", good_folder), ("checkpoint", lambda at: as_checkpoint(good_folder(at)))):
         make(folder / name / "adapter")

@@ -72,7 +72,7 @@ def _template(files: Companions) -> str | None:
     if TOKENIZER_CONFIG in files:
         fields = parse_json_object(files[TOKENIZER_CONFIG], TOKENIZER_CONFIG, 32)
         template = fields.get("chat_template")
-        return template if isinstance(template, str) else None
+        return template if isinstance(template, str | None) else json.dumps(template, indent=1)
     return None
 
 

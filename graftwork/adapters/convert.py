@@ -18,16 +18,15 @@ from graftwork.adapters.formats.peft_write import ExpertLayout, peft_files
 from graftwork.adapters.formats.rank_files import rank_file
 from graftwork.adapters.formats.untrusted import listed, quote
 from graftwork.adapters.opening import open_adapter
-from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec, Wish, prepare
-from graftwork.adapters.report import lines_of
+from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec, Wish, prepare, refuse_other_base
+from graftwork.adapters.report import REPORT_NAME, lines_of
 from graftwork.adapters.snapshot import snapshot_of, write_snapshot
 from graftwork.adapters.source import AdapterFacts, AdapterSource
-from graftwork.errors import Conflict, Damaged, MisfitAdapter, StoreError
+from graftwork.errors import Conflict, Damaged, StoreError
 from graftwork.store.checkpoint import CHECKPOINT, WEIGHT
 from graftwork.store.disk import Content, Disk, dump_json, read_json
 from graftwork.store.layout import RUN_PREFIX, RunId, step_folder
 
-REPORT_NAME = "report.json"
 IMPORT_REPORT_NAME = "import_report.json"
 ADAPTER = "adapter"
 OLDER_CHECKPOINT = "checkpoint with rank_N.pt"
@@ -54,7 +53,7 @@ class Target:
         about = read_json(path, "trainer")
         try:
             shapes = {str(name): tuple(int(size) for size in shape) for name, shape in about["modules"].items()}
-            if not all(len(shape) in (2, 3) for shape in shapes.values()):
+            if not all(len(shape) in (2, 3) and min(shape) > 0 for shape in shapes.values()):
                 raise ValueError("a module's shape is not (out, in) or (experts, out, in)")
             base = about.get("base")
             return Target(
@@ -141,17 +140,20 @@ def convert_adapter(
     return Imported(folder, ready.report)
 
 
-def export_adapter(disk: Disk, source: Path, out: Path, format: str, alpha: float | None = None) -> list[str]:
+def export_adapter(
+    disk: Disk, source: Path, out: Path, format: str, alpha: float | None = None, *, older: bool = False
+) -> list[str]:
     """Publish `out`: the adapter (or checkpoint) in `source`, its experts in another layout; what to tell the user.
 
-    format: a key of FORMATS. Dtypes, ranks and scales stay. Raises as `import_adapter` does.
+    format: a key of FORMATS. Dtypes, ranks and scales stay. older: `source` may be a checkpoint with rank_N.pt; alpha:
+    for one that does not say its scale. Raises as `import_adapter` does.
     """
     if out.exists():
         raise Conflict(f"{out} exists already; nothing is ever overwritten: choose another name")
-    with open_adapter(source, alpha=alpha) as opened:
+    with open_adapter(source, alpha=alpha, older=older) as opened:
         SlotSpec.around(opened.source)  # all experts are there
         adapter = Adapter({path: opened.source.load(path) for path in sorted(opened.source.modules)})
-        facts, companions, kind = opened.source.facts, opened.companions, opened.kind
+        facts, companions, kind = opened.source.facts, opened.companions(), opened.kind
     digest = adapter.digest()
     files = peft_files(adapter, facts, FORMATS[format])
     # Not `digest`: gate and up in one tensor come back as another adapter of the same function.
@@ -189,23 +191,25 @@ def _shares_a(adapter: Adapter, gate: str) -> bool:
 
 def _ready(source: Path, target: Target, wish: Wish, choice: Choice) -> _Ready:
     """Everything that can refuse, before a byte is written."""
-    with open_adapter(source, choice, wish.alpha) as opened:
+    with open_adapter(source, choice) as opened:
         spec = target.spec or _as_it_is(opened.source, wish)
         notes = [] if target.spec is None else _compare_bases(opened.source, target, source)
         prepared = prepare(opened.source, spec, wish)
+        companions = opened.companions()
     facts = opened.source.facts
     fingerprint = facts.base_fingerprint if target.fingerprint is None else target.fingerprint
     base = facts.base_model if target.base is None else target.base
-    warnings = differences(opened.companions, None if target.base is None else Path(target.base))  # never the adapter's
+    warnings = differences(companions, None if target.base is None else Path(target.base))  # never the adapter's
     report = {
         **prepared.report,
         "source": str(source.absolute()),
         "format": opened.kind,
         "checked": target.spec is not None,
+        "asked": {"adapter_name": choice.adapter, "ignore": list(choice.ignore), "allow_lossy": wish.allow_lossy},
         "notes": [*prepared.report["notes"], *notes],
         "warnings": [*prepared.report["warnings"], *warnings],
     }
-    return _Ready(prepared, AdapterFacts(base, fingerprint), fingerprint, opened.companions, report)
+    return _Ready(prepared, AdapterFacts(base, fingerprint), fingerprint, companions, report)
 
 
 def _as_it_is(source: AdapterSource, wish: Wish) -> SlotSpec:
@@ -236,11 +240,7 @@ def _refuse_second_start(run_dir: Path, checkpoints: Path) -> None:
 def _compare_bases(source: AdapterSource, target: Target, path: Path) -> list[str]:
     """Notes on what the adapter says of its base. Raises MisfitAdapter when its fingerprint is another's."""
     recorded = source.facts.base_fingerprint
-    if recorded is not None and target.fingerprint is not None and recorded != target.fingerprint:
-        raise MisfitAdapter(
-            f"{path} was trained on a base with fingerprint {recorded[:12]}, this one has {target.fingerprint[:12]}; "
-            "use the base that the adapter belongs to"
-        )
+    refuse_other_base(str(path), recorded, target.fingerprint)
     name = source.facts.base_model
     if recorded is None and name is not None and target.base is not None and name != target.base:
         return [f"the adapter names its base {quote(name)}, this one is {quote(target.base)}; the shapes fit"]

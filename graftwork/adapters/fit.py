@@ -5,6 +5,7 @@ Shapes as in canonical.py; what is said of A [r, in] and B [out, r] holds for ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,15 @@ def _exactly(factor: Tensor, rank: int, axis: int) -> Tensor:
 def to_scale(pair: LoraPair, scale: float) -> LoraPair:
     """Another scale, the same function to rounding: B takes up the difference."""
     return LoraPair(pair.a, pair.b * (pair.scale / scale), scale)
+
+
+def revive(pair: LoraPair, fresh_a: Callable[[], Tensor]) -> LoraPair | None:
+    """Fresh rows of A where a direction could never learn, its row of A and its column of B both zero (for an expert):
+    exact. None where there are no such directions. fresh_a gives [rank, in], for experts [E, rank, in]."""
+    dead = ~(pair.a.any(dim=-1) | pair.b.any(dim=-2))  # [r], experts [E, r]
+    if not bool(dead.any()):
+        return None
+    return LoraPair(torch.where(dead[..., None], fresh_a(), pair.a), pair.b, pair.scale)
 
 
 def spread_experts(pair: LoraPair, present: tuple[int, ...], experts: int, fresh_a: Tensor) -> LoraPair:

@@ -33,6 +33,8 @@ _WRAPPERS = (
 )
 """How models with a text part and others call the text part."""
 
+EXPERT_NUMBER = re.compile(r"[0-9]+", re.ASCII)
+
 Side = Literal["A", "B"]
 Layout = Literal["dense", "expert", "stacked", "flat inner", "flat outer"]
 
@@ -80,7 +82,7 @@ class TensorName:
 def _place(parts: list[str]) -> tuple[str, Layout, int | None] | None:
     """(path, layout, expert) of a module's path in a file."""
     last = NUMBERED.get(parts[-1], parts[-1])
-    if len(parts) > 2 and parts[-3] == EXPERTS and parts[-2].isdecimal() and last in EXPERT_PARTS:
+    if len(parts) > 2 and parts[-3] == EXPERTS and EXPERT_NUMBER.fullmatch(parts[-2]) and last in EXPERT_PARTS:
         return ".".join([*parts[:-2], last]), "expert", int(parts[-2])
     if len(parts) > 1 and parts[-2] == EXPERTS and last in (*EXPERT_PARTS, FUSED):
         return ".".join([*parts[:-1], last]), "stacked", None

@@ -13,11 +13,19 @@ import torch
 from torch import Tensor
 
 from graftwork.adapters.canonical import ALPHA_RANGE, Adapter, LoraPair, RunningDigest, Shape, alpha_for
-from graftwork.adapters.fit import drop_idle_directions, pad_rank, spread_experts, to_scale, truncate_rank
+from graftwork.adapters.fit import (
+    drop_idle_directions,
+    pad_rank,
+    revive,
+    spread_experts,
+    to_scale,
+    truncate_rank,
+)
+from graftwork.adapters.formats.pieces import ONE_BY_ONE
 from graftwork.adapters.formats.untrusted import listed
 from graftwork.adapters.names import match_paths
 from graftwork.adapters.report import ImportReport
-from graftwork.adapters.source import AdapterSource, ModuleFacts
+from graftwork.adapters.source import AdapterSource, ModuleFacts, name_in_digest
 from graftwork.errors import MisfitAdapter
 
 SCALE_TOLERANCE = 1e-9
@@ -85,12 +93,13 @@ def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> Prepa
     digest, dtypes = RunningDigest(), set[str]()
     for path in sorted(modules):
         pair = source.load(path)
-        digest.add(path, pair)
+        digest.add(name_in_digest(path, modules[path]), pair)
         fitting.untouched &= places[path] == path
         dtypes |= {str(tensor.dtype).removeprefix("torch.") for tensor in (pair.a, pair.b)}
         fitting.take(places[path], pair, modules[path])
     adapter, report = fitting.finish()
     report.notes += source.notes
+    report.dropped += source.dropped
     report.warnings += [f"{what}: the function is not the source's any more" for what in source.dropped]
     if report.energies:
         report.warnings.append(
@@ -113,6 +122,15 @@ def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> Prepa
     return PreparedInitAdapter(adapter, rank, alpha, source_digest, about)
 
 
+def refuse_other_base(what: str, recorded: str | None, fingerprint: str | None) -> None:
+    """Raises MisfitAdapter when both are known and differ."""
+    if None not in (recorded, fingerprint) and recorded != fingerprint:
+        raise MisfitAdapter(
+            f"{what} was trained on another base: its fingerprint is {str(recorded)[:12]}, this one's "
+            f"{str(fingerprint)[:12]}; use the one that it belongs to"
+        )
+
+
 class _Fitting:
     """One import: modules come in one by one, what they became is collected, misfits are told together."""
 
@@ -121,19 +139,16 @@ class _Fitting:
         self.report = ImportReport()
         self.pairs: dict[str, LoraPair] = {}
         self.too_high: dict[str, int] = {}
+        self.out_of_range: dict[str, float] = {}
         self.untouched = True
         """Whether every module so far is the source's to the last byte, name and scale: the digest is then, too."""
 
     def take(self, path: str, pair: LoraPair, facts: ModuleFacts) -> None:
         """Fit one module. It is changed in as few ways as will do, and each is reported."""
         self.report.layouts[facts.layout] += 1
-        steps: list[str] = []
+        steps = list(facts.changed)
         source = pair
         pair = LoraPair(pair.a.float().contiguous(), pair.b.float().contiguous(), pair.scale)
-        if "gate above up" in facts.layout:
-            steps.append("split")
-        if "share" in facts.layout:
-            steps.append("shared")
         shape = self.spec.shapes[path]
         if len(shape) == 3 and pair.a.shape[0] != shape[0]:
             present = facts.present or tuple(range(pair.a.shape[0]))
@@ -147,12 +162,18 @@ class _Fitting:
         if not math.isclose(pair.scale, self.scale, rel_tol=SCALE_TOLERANCE, abs_tol=0.0):
             pair = to_scale(pair, self.scale)
             steps.append("rescaled")
+            if not bool(torch.isfinite(pair.b).all()) or (not pair.b.any() and bool(source.b.any())):
+                self.out_of_range[path] = source.scale
+                return
         if pair.rank < self.rank:
             pair = pad_rank(pair, self.rank, self._fresh(path, self.rank))
             steps.append("padded")
+        if (revived := revive(pair, lambda: self._fresh(path, self.rank))) is not None:
+            pair = revived
+            steps.append("revived")
         self.pairs[path] = LoraPair(pair.a, pair.b, self.scale)
         self.untouched &= pair.a is source.a and pair.b is source.b and source.scale == self.scale
-        for step in steps or ["kept"]:
+        for step in dict.fromkeys(steps or ["kept"]):
             self.report.add(step, path)
 
     def _lower(self, path: str, pair: LoraPair, steps: list[str]) -> LoraPair | None:
@@ -169,9 +190,13 @@ class _Fitting:
         return reduced.pair
 
     def finish(self) -> tuple[Adapter, ImportReport]:
-        """Fresh factors where the adapter has none. Raises MisfitAdapter for the modules of too high a rank."""
-        if self.too_high:
-            raise _misfit([self._rank_advice()])
+        """Fresh factors where the adapter has none. Raises MisfitAdapter for modules of too high a rank, and for scales
+        between which fp32 has no numbers."""
+        if self.too_high or self.out_of_range:
+            far = listed(f"{path} (scale {scale:g})" for path, scale in self.out_of_range.items())
+            beyond = f"scales that fp32 cannot bring to {self.scale:g}: {far}. Choose another adapter.alpha"
+            advice = [self._rank_advice()] if self.too_high else []
+            raise _misfit([*advice, *([beyond] if self.out_of_range else [])])
         for path in sorted(self.spec.shapes.keys() - self.pairs.keys()):
             self.pairs[path] = _fresh_pair(self.spec.shapes[path], self.rank, self.scale, self.wish.seed, path)
             self.report.add("fresh", path)
@@ -237,7 +262,7 @@ def _module_misfits(modules: Mapping[str, ModuleFacts], places: Mapping[str, str
 
 def _fits(facts: ModuleFacts, shape: Shape) -> bool:
     """Equal shapes; an adapter of single experts may have fewer of them."""
-    if facts.layout == "one expert a tensor" and len(shape) == 3:
+    if facts.layout == ONE_BY_ONE and len(shape) == 3:
         return facts.shape[0] <= shape[0] and facts.shape[1:] == tuple(shape[1:])
     return facts.shape == tuple(shape)
 

@@ -8,10 +8,13 @@ from typing import Any
 
 from graftwork.adapters.formats.untrusted import listed
 
+REPORT_NAME = "report.json"
+"""Beside a checkpoint's manifest: how a step_0 was made."""
 WORDS = {
     "kept": "as they are",
     "padded": "padded to the run's rank: exact, the new directions can learn",
     "idle directions dropped": "of higher rank whose surplus directions do nothing: exact without them",
+    "revived": "with directions that could never have learned (A and B zero), now with a fresh A: exact",
     "reduced": "cut to the run's rank by SVD: NOT exact",
     "rescaled": "brought to the run's scale in B: exact to rounding",
     "split": "cut out of gate above up, each with a copy of A: exact",
@@ -29,6 +32,7 @@ class ImportReport:
     done: dict[str, list[str]] = field(default_factory=dict)
     energies: dict[str, float] = field(default_factory=dict)
     layouts: Counter[str] = field(default_factory=Counter)
+    dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -39,12 +43,13 @@ class ImportReport:
     @property
     def exact(self) -> bool:
         """Whether the function is the source's, to rounding."""
-        return not self.energies and not any("was dropped" in warning for warning in self.warnings)
+        return not self.energies and not self.dropped
 
     def to_json(self) -> dict[str, Any]:
         lowest = min(self.energies.values(), default=1.0)
         return {
             "exact": self.exact,
+            "dropped": self.dropped,
             "done": {label: len(paths) for label, paths in self.done.items()},
             "modules_of": self.done,
             "layouts": dict(self.layouts),

@@ -118,6 +118,8 @@ def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
         _check_agreement(state, adapter, exported)
         reference_path = checkpoint.path / "reference"
         reference = read_peft(reference_path).adapter if reference_path.is_dir() else None
+        if reference is not None:
+            _check_scale(state, reference, "reference/")
         orchestrator_state = checkpoint.orchestrator_state
         companions = read_companions(checkpoint.path / WEIGHT)
         if not checkpoint.step == state.step == state.cursor.step:
@@ -150,11 +152,15 @@ def _check_agreement(state: TrainerState, adapter: Adapter, exported: Adapter) -
     """The three files tell of one adapter. Raises Damaged."""
     if adapter.digest() != exported.digest():
         raise Damaged(f"trainer/ and {WEIGHT}/ hold different adapters")
+    _check_scale(state, adapter, f"{WEIGHT}/")
+
+
+def _check_scale(state: TrainerState, adapter: Adapter, where: str) -> None:
     for path, pair in adapter.pairs.items():
         if pair.rank != state.rank or pair.scale != state.alpha / state.rank:
             raise Damaged(
                 f"{STATE_FILE} says rank {state.rank} and alpha {state.alpha}; "
-                f"{path} has rank {pair.rank} and scale {pair.scale}"
+                f"in {where} {path} has rank {pair.rank} and scale {pair.scale}"
             )
 
 

@@ -24,13 +24,15 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One module of a source. layout: how it lies in the file. present: the experts that it holds, None for all."""
+    """One module of a source. layout: how it lies in the file. present: the experts that it holds, None for all.
+    changed: what reading it already does to it, in the words of adapters/report.py."""
 
     shape: Shape
     rank: int
     scale: float
     layout: str = "dense"
     present: tuple[int, ...] | None = None
+    changed: tuple[str, ...] = ()
 
 
 class AdapterSource(Protocol):
@@ -71,9 +73,14 @@ class InMemory:
         return self.adapter.pairs[path]
 
 
+def name_in_digest(path: str, facts: ModuleFacts) -> str:
+    """A module's path; with the experts that are there, where some are missing: they are part of what it is."""
+    return path if facts.present is None else f"{path}{list(facts.present)}"
+
+
 def digest_of(source: AdapterSource) -> str:
     """The adapter's digest, read a module at a time."""
     running = RunningDigest()
     for path in sorted(source.modules):
-        running.add(path, source.load(path))
+        running.add(name_in_digest(path, source.modules[path]), source.load(path))
     return running.hexdigest()

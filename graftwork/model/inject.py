@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftwork.adapters.canonical import Shape
-from graftwork.adapters.names import EXPERT_PARTS, EXPERTS
+from graftwork.adapters.names import EXPERT_PARTS, EXPERTS, FUSED
 from graftwork.config.schema import ALL_LINEAR
 from graftwork.errors import ModelError
 from graftwork.lora.experts import ExpertWeights, slot_experts
@@ -110,7 +110,8 @@ def inject(model: Any, targets: Sequence[str], routing: Routing) -> dict[str, Sh
 
 def _expert_parts(module: nn.Module, targets: Sequence[str]) -> list[str]:
     """The projections of a fused experts' module that are targets; empty for any other module."""
-    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    own = dict(module.named_parameters(recurse=False))
+    stacked = any(name in own and own[name].dim() == 3 for name in (FUSED, *EXPERT_PARTS))
     return [part for part in EXPERT_PARTS if part in targets] if stacked else []
 
 
@@ -147,15 +148,17 @@ def _refuse_lone_expert(path: str) -> None:
         )
 
 
-def _refuse_absent(model: nn.Module, targets: Sequence[str], shapes: dict[str, Shape], everything: bool) -> None:
+def _refuse_absent(model: Any, targets: Sequence[str], shapes: dict[str, Shape], everything: bool) -> None:
     found = {path.rpartition(".")[2] for path in shapes}
+    head = model.get_output_embeddings()
     if missing := ([] if everything else sorted(set(targets) - found)):
         for path, module in model.named_modules():
-            found |= (
-                {path.rpartition(".")[2]} if isinstance(module, nn.Linear) else set(_expert_parts(module, EXPERT_PARTS))
-            )
+            if isinstance(module, nn.Linear) and module is not head:
+                found.add(path.rpartition(".")[2])
+            found.update(_expert_parts(module, EXPERT_PARTS))
         raise ModelError(
-            f"{type(model).__name__} has no linear layer named {', '.join(missing)}; it has {', '.join(sorted(found))}"
+            f"{type(model).__name__} has no linear layer named {', '.join(missing)} that can carry a slot; it has "
+            f"{', '.join(sorted(found))}"
         )
     if not shapes:
         raise ModelError(f"{type(model).__name__} has no linear layer that can carry a slot")

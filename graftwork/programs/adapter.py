@@ -21,10 +21,14 @@ from graftwork.adapters.convert import (
     export_adapter,
     import_adapter,
 )
+from graftwork.adapters.fit import spread_experts
+from graftwork.adapters.formats.peft_config import RANK_MAX
 from graftwork.adapters.formats.peft_read import Choice
+from graftwork.adapters.formats.rank_files import has_rank_files
 from graftwork.adapters.names import key_of, match_paths
 from graftwork.adapters.opening import Opened, is_checkpoint, open_adapter
 from graftwork.adapters.prepare import SlotSpec, Wish, prepare
+from graftwork.adapters.source import AdapterSource, name_in_digest
 from graftwork.config.schema import ALL_LINEAR, LoraConfig, ModelConfig
 from graftwork.errors import ConfigError, MisfitAdapter
 from graftwork.lora.linear import Segment
@@ -33,9 +37,9 @@ from graftwork.model.attention import Group, PackedPlan
 from graftwork.model.base import BaseModel, load_base, slot_spec
 from graftwork.model.inject import Route
 from graftwork.store.disk import Disk
+from graftwork.store.layout import RUN_PREFIX
 
 DIFF_TOKENS = 64
-RANK_MAX = 65536
 SAME = 1e-4
 """Relative difference up to which two adapters are called the same function."""
 DEFAULT_FORMAT = "peft"
@@ -60,7 +64,7 @@ class ImportOptions:
             return Target()
         rank = self.wish.rank or RANK_MAX
         spec = slot_spec(self.base, LoraConfig(max_rank=rank, target_modules=self.targets or ALL_LINEAR))
-        with open_adapter(source, self.choice, self.wish.alpha) as opened:
+        with open_adapter(source, self.choice) as opened:
             recorded = opened.source.facts.base_fingerprint
             if self.targets is None:
                 spec = _narrowed(spec, opened)
@@ -79,13 +83,13 @@ def _narrowed(spec: SlotSpec, opened: Opened) -> SlotSpec:
 # --- inspect ----------------------------------------------------------------------------------------------------------
 
 
-def inspect(path: Path, choice: Choice, alpha: float | None) -> dict[str, Any]:
+def inspect(path: Path, choice: Choice) -> dict[str, Any]:
     """Everything that can be said of an adapter without its base. Raises AdapterError, Damaged."""
-    with open_adapter(path, choice, alpha) as opened:
+    with open_adapter(path, choice) as opened:
         rows, digest = [], RunningDigest()
         for module in sorted(opened.source.modules):
             facts, pair = opened.source.modules[module], opened.source.load(module)
-            digest.add(module, pair)
+            digest.add(name_in_digest(module, facts), pair)
             rows.append({
                 "module": module, "shape": list(facts.shape), "rank": facts.rank, "scale": facts.scale,
                 "layout": facts.layout, "dtype": str(pair.a.dtype).removeprefix("torch."),
@@ -95,7 +99,7 @@ def inspect(path: Path, choice: Choice, alpha: float | None) -> dict[str, Any]:
         return {
             "path": str(path), "format": opened.kind, "digest": digest.hexdigest(),
             "base_model": source.facts.base_model, "base_fingerprint": source.facts.base_fingerprint,
-            "modules": rows, "files_beside": sorted(opened.companions),
+            "modules": rows, "files_beside": sorted(opened.companions()),
             "notes": list(source.notes), "odd": [*source.dropped, *_oddities(rows)],
         }  # fmt: skip
 
@@ -125,26 +129,32 @@ def import_(source: Path, out: Path, options: ImportOptions) -> Imported:
     return import_adapter(Disk(), source, out, options.target(source), options.wish, options.choice)
 
 
-def export(source: Path, out: Path, format: str, alpha: float | None) -> list[str]:
+def export(source: Path, out: Path, format: str) -> list[str]:
     """Raises ConfigError for a format that is not known."""
+    _refuse_format(format)
+    return export_adapter(Disk(), source, out, format)
+
+
+def _refuse_format(format: str) -> None:
     if format not in FORMATS:
         raise ConfigError(f"--format {format} is not known; one of {', '.join(FORMATS)}")
-    return export_adapter(Disk(), source, out, format, alpha)
 
 
 def convert(
     source: Path, target: Path, options: ImportOptions, trainer_json: Path | None, ranks: int, rank_format: RankFormat,
     format: str,
 ) -> Imported | list[str]:  # fmt: skip
-    """A checkpoint becomes an adapter, an adapter a run's step_0. Raises ConfigError for options of the other way."""
-    if is_checkpoint(source):
+    """A checkpoint becomes an adapter; an adapter, or a checkpoint of ours when the target is called run_<id>, a run's
+    step_0. Raises ConfigError for options of the other way."""
+    _refuse_format(format)
+    if is_checkpoint(source) and (has_rank_files(source) or not target.name.startswith(RUN_PREFIX)):
         _refuse_options("a checkpoint becomes an adapter as it is", {
             "--base": options.base is not None, "--rank": options.wish.rank is not None,
             "--allow-lossy": options.wish.allow_lossy, "--ignore": bool(options.choice.ignore),
             "--adapter": options.choice.adapter is not None, "--ranks": ranks != 1,
             "--rank-format": rank_format != "safetensors",
         })  # fmt: skip
-        return export(source, target, format, options.wish.alpha)
+        return export_adapter(Disk(), source, target, format, options.wish.alpha, older=True)
     _refuse_options("a run's checkpoint has one layout", {"--format": format != DEFAULT_FORMAT})
     slots = Target.of_trainer(trainer_json) if trainer_json and options.base is None else options.target(source)
     return convert_adapter(
@@ -194,13 +204,24 @@ def _module_differences(one: Path, other: Path) -> tuple[list[dict[str, Any]], i
     with open_adapter(one) as first, open_adapter(other) as second:
         by_key = [{key_of(path): path for path in opened.source.modules} for opened in (first, second)]
         for key in sorted({*by_key[0], *by_key[1]}):
-            pairs = [
-                opened.source.load(paths[key]) if key in paths else None
+            there = [
+                (opened.source, paths[key]) if key in paths else None
                 for opened, paths in zip((first, second), by_key, strict=True)
             ]
+            experts = max(source.modules[path].shape[0] for source, path in filter(None, there))
+            pairs = [None if pair is None else _whole(*pair, experts) for pair in there]
             rows.append({"module": by_key[0].get(key) or by_key[1][key], "difference": _difference(pairs)})
         ranks = [facts.rank for opened in (first, second) for facts in opened.source.modules.values()]
     return rows, max(ranks)
+
+
+def _whole(source: AdapterSource, path: str, experts: int) -> LoraPair:
+    """A module with a place for every expert; those that are missing do nothing."""
+    facts, pair = source.modules[path], source.load(path)
+    if len(facts.shape) == 2 or pair.a.shape[0] == experts:
+        return pair
+    present = facts.present or tuple(range(facts.shape[0]))
+    return spread_experts(pair, present, experts, pair.a.new_zeros(experts, *pair.a.shape[1:]))
 
 
 def _difference(pairs: list[LoraPair | None]) -> float:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftwork.config.load import build, digest, parse_toml
-from graftwork.config.schema import RunConfig
+from graftwork.config.schema import AdapterConfig, RunConfig
 from graftwork.errors import BadRunId, ConfigError, InferenceError, ProgramFailed, RunError
 from graftwork.programs.processes import PARENT_VARIABLE
 from graftwork.rollouts.chat import ChatTokenizer
@@ -92,7 +92,7 @@ async def warm_start(tree: RunTree, config: RunConfig) -> None:
     if adapter is None or config.resume:
         return
     if steps := stable_steps(tree.checkpoints):
-        refuse_another_source(tree, adapter, steps)
+        refuse_another_source(tree, adapter, config.adapter, steps)
         return
     if not Path(adapter).is_dir():
         raise ConfigError(f"run {tree.id}: init_adapter_path = {adapter!r} is no folder; the run does not start")
@@ -130,12 +130,20 @@ def import_flags(config: RunConfig) -> list[str]:
     return [*flags, *(part for name in wish.ignore for part in ("--ignore", name))]
 
 
-def refuse_another_source(tree: RunTree, adapter: str, steps: list[int]) -> None:
-    """A step_0 of another adapter than the configuration names must not be taken for it. Raises ConfigError."""
-    report = tree.checkpoint(0) / "report.json"
-    if steps != [0] or not report.is_file():
+def refuse_another_source(tree: RunTree, adapter: str, wish: AdapterConfig, steps: list[int]) -> None:
+    """A step_0 of another adapter than the configuration names, or imported otherwise, must not be taken for it. Raises
+    ConfigError."""
+    path = tree.checkpoint(0) / "report.json"
+    if steps != [0] or not path.is_file():
         return
-    source = read_json(report, "import report").get("source")
+    report = read_json(path, "import report")
+    asked = {"adapter_name": wish.adapter_name, "ignore": list(wish.ignore), "allow_lossy": wish.allow_lossy}
+    if report.get("asked") not in (None, asked):
+        raise ConfigError(
+            f"run {tree.id}: {tree.checkpoint(0)} was imported with {report['asked']}, [adapter] says {asked}; move "
+            f"{tree.checkpoints} away to import again, or set these as they were"
+        )
+    source = report.get("source")
     if source is not None and Path(source).absolute() != Path(adapter).absolute():
         raise ConfigError(
             f"run {tree.id}: {tree.checkpoint(0)} was made from {source}, init_adapter_path says {adapter}; "

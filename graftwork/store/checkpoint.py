@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from graftwork.errors import CannotResume, Damaged
 from graftwork.store.disk import Disk, Manifest, Staging, is_stable, read_json, verify
@@ -37,17 +37,20 @@ class Cursor:
         return Cursor(self.step + 1, hashlib.sha256(f"{self.chain} {batch_digest}".encode()).hexdigest())
 
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
 @dataclass(frozen=True)
 class TrainerState:
     """`trainer/state.json`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # read with pydantic: types and names are checked
 
-    step: int
-    optimizer_steps: int
+    step: Count
+    optimizer_steps: Count
     """Steps that AdamW took: `step` less those that were skipped."""
-    skipped_in_a_row: int
-    rank: int
+    skipped_in_a_row: Count
+    rank: Count
     alpha: float
     cursor: Cursor
     start: dict[str, Any]

@@ -27,7 +27,7 @@ from graftwork.errors import Busy, Conflict, Damaged, StoreError
 
 MANIFEST = "STABLE"
 MANIFEST_FORMAT = 1
-MANIFEST_BYTES_MAX = 64 * 2**20
+MANIFEST_BYTES_MAX = 2 * 2**20  # ten thousand files
 STAGING_PREFIX = ".staging-"
 HASH_CHUNK_BYTES = 2**20
 
@@ -122,6 +122,8 @@ class Manifest:
     def read(folder: Path) -> Manifest:
         """The manifest of a published folder. Raises Damaged, naming the file."""
         path = folder / MANIFEST
+        if path.is_symlink():
+            raise Damaged(f"{path} is a symbolic link; a manifest is a plain file")
         if path.is_file() and path.stat().st_size > MANIFEST_BYTES_MAX:
             raise Damaged(f"{path} is larger than a manifest may be ({MANIFEST_BYTES_MAX} bytes)")
         raw = read_json(path, "manifest")

@@ -9,17 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from graftwork.adapters.canonical import Adapter
 from graftwork.adapters.companions import Companions
 from graftwork.adapters.formats.untrusted import listed
-from graftwork.adapters.prepare import PreparedInitAdapter, Wish, fresh, prepare
+from graftwork.adapters.prepare import PreparedInitAdapter, Wish, fresh, prepare, refuse_other_base
+from graftwork.adapters.report import REPORT_NAME, lines_of
 from graftwork.adapters.snapshot import Snapshot, read_snapshot, snapshot_of, write_snapshot
 from graftwork.adapters.source import AdapterFacts, AdapterSource, InMemory
 from graftwork.config.schema import AdapterConfig
 from graftwork.errors import CannotResume, MisfitAdapter
 from graftwork.model.base import BaseModel
 from graftwork.store.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from graftwork.store.disk import Disk
+from graftwork.store.disk import Disk, Staging, read_json
+from graftwork.store.layout import stable_steps, step_folder
 
 
 def make_step_0(
@@ -46,22 +47,45 @@ def _first_adapter(
 
 def prepare_for(base: BaseModel, source: AdapterSource, wish: AdapterConfig, seed: int) -> PreparedInitAdapter:
     """A saved adapter, made ready for a slot of this base. Raises MisfitAdapter, also when it records another base."""
-    recorded = source.facts.base_fingerprint
-    if recorded not in (None, base.fingerprint):
-        raise MisfitAdapter(
-            f"the adapter was trained on another base: it records fingerprint {str(recorded)[:12]}, this one has "
-            f"{base.fingerprint[:12]}"
-        )
+    refuse_other_base("the adapter", source.facts.base_fingerprint, base.fingerprint)
     return prepare(source, base.spec, Wish(wish.rank, wish.alpha, wish.allow_lossy, seed))
 
 
+def bring_step_0(
+    disk: Disk, checkpoints: Path, base: BaseModel, wish: AdapterConfig, seed: int, facts: AdapterFacts
+) -> list[str]:
+    """A step_0 that the converter made without sight of any slots, brought to these: their modules, the run's rank and
+    alpha, as an import is. The old one goes to the trash, the new one is published in its place, once.
+
+    Returns what was done, for the log; nothing when there was nothing to do. Raises AdapterError, CannotResume.
+    """
+    report_path = step_folder(checkpoints, 0) / REPORT_NAME
+    if stable_steps(checkpoints) != [0] or not report_path.is_file():
+        return []
+    checkpoint = open_checkpoint(checkpoints, 0)
+    earlier = read_json(report_path, "import report")
+    if not isinstance(earlier, dict) or earlier.get("checked") is not False:
+        return []
+    snapshot = read_snapshot(checkpoint)
+    refuse_other_base(str(checkpoint.path), snapshot.state.base_fingerprint, base.fingerprint)
+    prepared = prepare_for(base, InMemory(snapshot.adapter), wish, seed)
+    brought = snapshot_of(prepared, base.fingerprint, snapshot.companions)
+    brought = replace(brought, state=replace(brought.state, start=snapshot.state.start))
+    kept = {name: earlier.get(name) for name in ("source", "source_digest", "format", "asked")}
+
+    def fill(staging: Staging) -> None:
+        write_snapshot(staging, brought, facts)
+        staging.write_json(REPORT_NAME, {**prepared.report, **kept, "checked": True, "before": earlier})
+
+    save_checkpoint(disk, checkpoints, 0, fill)
+    return lines_of(prepared.report)
+
+
 def open_start(
-    checkpoints: Path, step: int | None, base: BaseModel, wish: AdapterConfig, seed: int, *, needs_reference: bool
+    checkpoints: Path, step: int | None, base: BaseModel, wish: AdapterConfig, *, needs_reference: bool
 ) -> tuple[Checkpoint, Snapshot]:
     """The checkpoint of `step` (None: the newest), every byte verified, and fit for this base and configuration.
 
-    A step_0 that was converted without sight of these slots is brought to their modules and to the run's rank and
-    alpha now, as an import: the same function. A trained checkpoint must have all of them already.
     Raises CannotResume when it is absent, damaged, of another base, or lacks the reference adapter that a KL loss
     needs; MisfitAdapter when it does not fit the slots or contradicts the configured rank or alpha.
     """
@@ -73,31 +97,16 @@ def open_start(
             f"{where} was made on another base: fingerprint {str(state.base_fingerprint)[:12]}, this one has "
             f"{base.fingerprint[:12]}; give the base that it was trained on"
         )
-    if state.step == 0 and not _fits(snapshot.adapter, base, wish, state.rank, state.alpha):
-        prepared = prepare_for(base, InMemory(snapshot.adapter), wish, seed)
-        brought = snapshot_of(prepared, base.fingerprint, snapshot.companions)
-        return checkpoint, replace(brought, state=replace(brought.state, start=state.start))
     for name, asked, found in (("rank", wish.rank, state.rank), ("alpha", wish.alpha, state.alpha)):
         if asked is not None and asked != found:
-            raise MisfitAdapter(f"adapter.{name} is {asked}, {where} has {found}; drop the setting")
+            raise MisfitAdapter(f"adapter.{name} is {asked}, {where} has {found}; drop the setting, or convert again")
     for adapter in (snapshot.adapter, snapshot.reference):
-        if adapter is not None and not _fits(adapter, base, wish, state.rank, state.alpha):
+        if adapter is not None:
             prepare(InMemory(adapter), base.spec, Wish(state.rank, state.alpha))  # says what does not fit
-            absent = sorted(base.spec.shapes.keys() - adapter.pairs.keys())
-            raise MisfitAdapter(f"{where} was trained without {listed(absent)}; set lora.target_modules as it was")
+            if absent := sorted(base.spec.shapes.keys() - adapter.pairs.keys()):
+                raise MisfitAdapter(f"{where} was trained without {listed(absent)}; set lora.target_modules as it was")
     if needs_reference and state.step > 0 and snapshot.reference is None:
         raise CannotResume(
             f"{where} holds no reference adapter, which loss.kl_coefficient needs; it was trained without"
         )
     return checkpoint, replace(snapshot, state=replace(state, base_fingerprint=base.fingerprint))
-
-
-def _fits(adapter: Adapter, base: BaseModel, wish: AdapterConfig, rank: int, alpha: float) -> bool:
-    """Whether the slots hold it as it is: the same modules and shapes, and what the run asks for."""
-    shapes = {path: pair.shape for path, pair in adapter.pairs.items()}
-    return (
-        shapes == {path: tuple(shape) for path, shape in base.spec.shapes.items()}
-        and rank <= base.spec.max_rank
-        and wish.rank in (None, rank)
-        and wish.alpha in (None, alpha)
-    )

@@ -41,7 +41,7 @@ from graftwork.training.runs import (
     observe,
     reconcile,
 )
-from graftwork.training.start import make_step_0, open_start, prepare_for
+from graftwork.training.start import bring_step_0, make_step_0, open_start, prepare_for
 from graftwork.training.tenant import Tenant
 
 log = logging.getLogger(__name__)
@@ -228,14 +228,18 @@ class Trainer:
         tree, config = seen.tree, seen.config
         assert config is not None
         step = start.step if isinstance(start, FromCheckpoint) else 0
+        facts = AdapterFacts(config.model.path, self.base.fingerprint)
+        said: list[str] = []
         if not isinstance(start, FromCheckpoint):
-            facts = AdapterFacts(config.model.path, self.base.fingerprint)
             made = make_step_0(self.disk, tree.checkpoints, self.base, self.door, config.adapter, config.seed, facts)
-            for line in lines_of(made.report):
-                log.info("run %s: step_0: %s", tree.id, line)
+            said = lines_of(made.report)
+        elif not config.resume:
+            said = bring_step_0(self.disk, tree.checkpoints, self.base, config.adapter, config.seed, facts)
+        for line in said:
+            log.info("run %s: step_0: %s", tree.id, line)
         needs_reference = config.loss.kl_coefficient > 0
         checkpoint, snapshot = open_start(
-            tree.checkpoints, step, self.base, config.adapter, config.seed, needs_reference=needs_reference
+            tree.checkpoints, step, self.base, config.adapter, needs_reference=needs_reference
         )
         if seen.status is not None and seen.status.state == "evicted":  # asked to try again: it gets all its tries
             snapshot = replace(snapshot, state=replace(snapshot.state, skipped_in_a_row=0))

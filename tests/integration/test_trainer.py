@@ -26,7 +26,7 @@ from graftwork.config.schema import (
 )
 from graftwork.errors import Busy, MisfitAdapter
 from graftwork.model.base import BaseModel
-from graftwork.store.disk import Disk, read_lines, verify
+from graftwork.store.disk import Disk, read_json, read_lines, verify
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.queue import Batch, publish_batch, read_version
 from graftwork.store.status import Status, read_status
@@ -320,6 +320,42 @@ def test_the_trainers_door(lab: Lab, tmp_path: Path) -> None:
 def moments(trainer: Trainer) -> list[torch.Tensor]:
     kept = [tenant.learner.optimizer.moments for _, tenant in sorted(trainer.tenants.items())]
     return [tensor.clone() for pair in kept if pair for tensor in pair]
+
+
+def test_a_step_0_converted_without_sight_of_the_slots_is_brought_to_them_once(
+    lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Attention alone, rank 2, into slots of everything at rank 4 and alpha 12: published anew, logged, and kept."""
+    attention = {path: shape for path, shape in lab.base.spec.shapes.items() if "self_attn" in path}
+    source = save_adapter(
+        tmp_path / "adapter", replace(lab.base, spec=replace(lab.base.spec, shapes=attention)), rank=2
+    )
+    tree = lab.outputs.run(RunId("a"))
+    convert_adapter(DISK, source, tree.root)
+    lab.run("a", adapter=AdapterConfig(rank=4, alpha=12.0))
+    with caplog.at_level("INFO"):
+        lab.feed(tree, lab.trainer(), 2)
+    assert "step_0: 8 modules padded" in caplog.text
+    report = read_json(tree.checkpoint(0) / "report.json", "report")
+    assert report["checked"] and report["before"]["checked"] is False and report["exact"]
+    assert report["done"] == {"rescaled": 8, "padded": 8, "fresh": 6}
+    brought = read_peft(tree.checkpoint(0) / "weight").adapter
+    published = read_version(tree, 0)
+    assert published is not None and published.version.digest == brought.digest()
+    caplog.clear()
+    again = lab.trainer()
+    lab.settle(again)
+    assert "padded" not in caplog.text and status_of(tree).step == 2
+
+
+def test_a_trainers_own_step_0_is_not_changed_by_another_wish(lab: Lab) -> None:
+    tree = lab.run("a", adapter=AdapterConfig(rank=2))
+    lab.settle(lab.trainer())
+    before = trainer_files(tree, 0)
+    lab.run("a", adapter=AdapterConfig(rank=4))
+    lab.settle(lab.trainer())
+    assert status_of(tree).state == "failed" and "adapter.rank is 4" in str(status_of(tree).reason)
+    assert trainer_files(tree, 0) == before
 
 
 def test_a_door_that_does_not_fit_ends_the_trainer_at_set_up(lab: Lab, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_converting_twice_keeps_the_first(tmp_path: Path) -> None:
         ({"modules": {"layers.0.q_proj": [6, 9], "layers.0.v_proj": [4, 9]}}, MisfitAdapter, "2 modules of another"),
         ({"modules": {"layers.0.q_proj": [6]}}, Damaged, "was not written by a trainer"),
         ({"base_fingerprint": ...}, Damaged, "base_fingerprint"),
-        ({"base_fingerprint": "cd" * 32}, MisfitAdapter, "trained on a base with fingerprint abab"),
+        ({"base_fingerprint": "cd" * 32}, MisfitAdapter, "its fingerprint is abab"),
     ],
 )
 def test_a_refusal_leaves_nothing_behind(

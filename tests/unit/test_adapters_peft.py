@@ -22,6 +22,7 @@ from graftwork.adapters.canonical import Adapter, LoraPair, alpha_for
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
+from graftwork.errors import UnsupportedAdapter
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(24).reshape(2, 12) % VOCAB
@@ -165,6 +166,35 @@ def test_pairs_of_another_rank_or_scale_are_written_as_patterns(tmp_path: Path, 
     assert (
         read_peft(put(tmp_path / "adapter", write_peft(adapter, AdapterFacts()))).adapter.digest() == adapter.digest()
     )
+
+
+def test_single_experts_of_another_rank_and_scale_are_brought_to_one(tmp_path: Path) -> None:
+    """PEFT fuses them by r and lora_alpha alone: the file has no patterns for them, and the function stays."""
+    gate = random_adapter({"x.experts.gate_proj": (12, 6, 8)}, 2, scale=8.0)
+    up = random_adapter({"x.experts.up_proj": (12, 6, 8), "x.experts.down_proj": (12, 8, 6)}, 3, scale=0.5)
+    attention = random_adapter({"x.q_proj": (6, 8)}, 4, scale=3.0)
+    adapter = Adapter({**gate.pairs, **up.pairs, **attention.pairs})
+    folder = put(tmp_path / "adapter", write_peft(adapter, AdapterFacts()))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert list(config["rank_pattern"]) == list(config["alpha_pattern"]) == ["x.q_proj"]
+    found = read_peft(folder).adapter.pairs
+    for path, pair in adapter.pairs.items():
+        assert found[path].rank == (4 if path == "x.q_proj" else 3)
+        expected = pair.scale * pair.b.double() @ pair.a.double()
+        torch.testing.assert_close(found[path].scale * found[path].b.double() @ found[path].a.double(), expected)
+
+
+@pytest.mark.parametrize("key", ["q.proj", "self.attn.q_proj"])
+def test_a_dot_of_alpha_pattern_that_peft_takes_for_any_character_is_refused(tmp_path: Path, key: str) -> None:
+    files = write_peft(random_adapter({"x.self_attn.q_proj": (6, 8)}, 2), AdapterFacts())
+    for pattern, refused in (({key: 64}, True), ({"k_proj": 64, "other.q_proj": 3}, False)):
+        config = {**json.loads(files["adapter_config.json"]), "alpha_pattern": pattern}
+        folder = put(tmp_path / str(refused), {**files, "adapter_config.json": json.dumps(config).encode()})
+        if refused:
+            with pytest.raises(UnsupportedAdapter, match="a dot stands for any character"):
+                read_peft(folder)
+        else:
+            assert "alpha_pattern names 'k_proj', 'other.q_proj'" in "".join(read_peft(folder).notes)
 
 
 def test_facts_and_notes_are_read_back(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from support import random_adapter
 
 from graftwork.adapters.canonical import Adapter, LoraPair
 from graftwork.adapters.prepare import SlotSpec, Wish, fresh, prepare
-from graftwork.adapters.source import AdapterFacts, InMemory
+from graftwork.adapters.source import AdapterFacts, InMemory, ModuleFacts, name_in_digest
 from graftwork.errors import MisfitAdapter
 
 SHAPES = {f"layers.{i}.{name}": (6, 8) for i in range(10) for name in ("q_proj", "v_proj")}
@@ -171,6 +172,31 @@ def test_directions_that_do_nothing_are_dropped_without_asking() -> None:
     assert prepared.rank == 8 and prepared.report["done"] == {"idle directions dropped": 20}
     assert prepared.report["exact"]
     assert_same_function(found, prepared.adapter)
+
+
+def test_a_scale_that_fp32_cannot_reach_is_refused() -> None:
+    for scale, alpha in ((1e28, 1e-28), (1e-29, 1e29)):
+        with pytest.raises(MisfitAdapter, match=r"20 modules|scales that fp32 cannot bring to"):
+            prepare(source(scale=scale), SPEC, Wish(alpha=alpha))
+
+
+def test_directions_that_could_never_learn_get_a_fresh_a() -> None:
+    """A and B both zero: no gradient would ever reach them."""
+    pairs = {k: LoraPair(p.a.clone(), p.b.clone(), p.scale) for k, p in source().adapter.pairs.items()}
+    pairs["layers.3.q_proj"].a[2:] = 0
+    pairs["layers.3.q_proj"].b[:, 2:] = 0
+    found = InMemory(Adapter(pairs))
+    prepared = prepare(found, SPEC, Wish(seed=3))
+    assert prepared.report["done"] == {"kept": 19, "revived": 1} and prepared.report["exact"]
+    fresh_a = fresh(SPEC, 4, 8.0, 3).adapter.pairs["layers.3.q_proj"].a
+    assert torch.equal(prepared.adapter.pairs["layers.3.q_proj"].a[2:], fresh_a[2:])
+    assert_same_function(found, prepared.adapter)
+
+
+def test_which_experts_are_there_is_part_of_an_adapters_digest() -> None:
+    facts = ModuleFacts((12, 6, 8), 4, 2.0, "one expert a tensor", (0, 1))
+    assert name_in_digest("x", facts) != name_in_digest("x", replace(facts, present=(0, 11)))
+    assert name_in_digest("x", replace(facts, present=None)) == "x"
 
 
 @pytest.mark.parametrize("written", ["base_model.model.{}", "model.language_model.{}", "language_model.model.{}"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,7 @@ class Pattern:
 
     def find(self, name: str) -> float | None:
         """The number of the first literal key that names the module."""
-        ends = (name[start:] for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
-        found = [self.literal[end] for end in ends if end in self.literal]
+        found = [self.literal[end] for end in ends_of(name) if end in self.literal]
         return min(found)[1] if found else None
 
 
@@ -55,8 +54,9 @@ class PeftConfig:
     alpha: float
     rslora: bool
     ranks: Pattern
+    regular_ranks: frozenset[int]
     alphas: Pattern
-    target_parameters: tuple[str, ...]
+    target_parameters: frozenset[str]
     base_model: str | None
     ignored: tuple[str, ...]
     """Fields whose effect the user chose to drop."""
@@ -74,12 +74,18 @@ class PeftConfig:
         found = self.ranks.find(name)
         return self.rank if found is None else int(found)
 
-    def ranks_of(self, name: str) -> set[int]:
-        """Ranks that the factors of `name` may have: the tensors decide between r and what regular keys say."""
-        return {self.named_rank(name), *map(int, self.ranks.regular.values())}
+    def may_have_rank(self, name: str, rank: int) -> bool:
+        """The tensors decide between r and what regular keys of rank_pattern say."""
+        return rank == self.named_rank(name) or rank in self.regular_ranks
 
     def targets_parameter(self, name: str) -> bool:
-        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
+        return any(end in self.target_parameters for end in ends_of(name))
+
+
+def ends_of(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`: what PEFT's lists and literal patterns may call a module or a parameter."""
+    yield name
+    yield from (name[dot.end() :] for dot in re.finditer(r"\.", name))
 
 
 def _ignored(value: Any) -> str | None:
@@ -196,8 +202,8 @@ def read_config(path: Path, ignore: Collection[str] = ()) -> PeftConfig:
     rslora = _switch(fields, "use_rslora", path)
     return PeftConfig(
         path, _rank(fields.get("r"), "r", path), _alpha(fields.get("lora_alpha"), "lora_alpha", path), rslora, ranks,
-        alphas, _texts(fields, "target_parameters", path), base, tuple(ignored),
-        ignored_modules, tuple(_notes(fields, rslora, ranks)),
+        frozenset(map(int, ranks.regular.values())), alphas, _texts(fields, "target_parameters", path), base,
+        tuple(ignored), ignored_modules, tuple(_notes(fields, rslora, ranks)),
     )  # fmt: skip
 
 
@@ -246,11 +252,11 @@ def _pattern(fields: Mapping[str, Any], field: str, check: Callable[[Any, str, P
     return Pattern(literal, regular)
 
 
-def _texts(fields: Mapping[str, Any], field: str, path: Path) -> tuple[str, ...]:
+def _texts(fields: Mapping[str, Any], field: str, path: Path) -> frozenset[str]:
     value = fields.get(field) or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise UnreadableAdapter(f"{path}: {field} is {quote(value)}, expected a list of texts")
-    return tuple(value)
+    return frozenset(value)
 
 
 def _switch(fields: Mapping[str, Any], name: str, path: Path) -> bool:

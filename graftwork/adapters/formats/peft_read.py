@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftwork.adapters.canonical import Adapter, LoraPair
-from graftwork.adapters.formats.peft_config import PeftConfig, read_config
-from graftwork.adapters.formats.pieces import Piece, Places, pieces_of
+from graftwork.adapters.formats.peft_config import PeftConfig, ends_of, read_config
+from graftwork.adapters.formats.pieces import ONE_BY_ONE, Piece, Places, pieces_of
 from graftwork.adapters.formats.tensor_file import TensorFile, open_tensors
 from graftwork.adapters.formats.untrusted import listed, quote
 from graftwork.adapters.names import PREFIX, TensorName, is_named, module_path
@@ -27,6 +27,7 @@ FINGERPRINT_KEY = "graftwork_base_fingerprint"
 FILLED_KEY = "graftwork_filled"
 """Modules of zeros that the adapter does not have: PEFT and vLLM want all three projections of an expert or none."""
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+COMPARISONS_MAX = 1_000_000
 FULL_COPY = (
     "a full copy of another weight, which is no part of a slot; train without it, or drop it (--ignore {module})"
 )
@@ -38,6 +39,7 @@ REFUSED_TENSORS = (
         "PEFT's copy of {module}, with LoRA that no slot has; train without it, or --ignore {module}",
     ),
     ("base_layer.base_layer.", "an adapter of more than two parameters of one module, which is not supported"),
+    (".lora_B.bias", "a trained bias, which no slot has; train with lora_bias = false"),
     (".bias", "a trained bias, which no slot has; train with bias = 'none', or drop it (--ignore {module})"),
 )
 TOKEN_PARTS = (".token_adapter.", ".trainable_tokens")
@@ -83,10 +85,9 @@ def open_peft(folder: Path, choice: Choice = Choice()) -> Iterator[PeftFolder]:
         places, dropped = _sorted_out(file, choice, config)
         _refuse_needless(choice.ignore, {*dropped, *config.ignored, *config.ignored_modules}, file.path)
         pieces = _without_filling(file, pieces_of(file, places, config))
+        notes = (*config.notes, *_unnamed(places, config), *_fused_otherwise(pieces, config))
         changes = tuple(f"{name} was dropped, as asked" for name in (*config.ignored, *dropped))
-        yield PeftFolder(
-            file, config, pieces, AdapterFacts(config.base_model, _fingerprint(file)), config.notes, changes
-        )
+        yield PeftFolder(file, config, pieces, AdapterFacts(config.base_model, _fingerprint(file)), notes, changes)
 
 
 def read_peft(folder: Path, choice: Choice = Choice()) -> InMemory:
@@ -109,11 +110,47 @@ def _fingerprint(file: TensorFile) -> str | None:
 
 def _without_filling(file: TensorFile, pieces: dict[str, Piece]) -> dict[str, Piece]:
     """Raises UnreadableAdapter when a module that is said to be of zeros is not there, or not of zeros."""
-    filled = file.metadata.get(FILLED_KEY, "").split()
-    for path in filled:
+    filled = set(file.metadata.get(FILLED_KEY, "").split())
+    for path in sorted(filled):
         if path not in pieces or any(factor.count_nonzero() for factor in pieces[path].load(file)):
             raise UnreadableAdapter(f"{file.path}: {FILLED_KEY} names {quote(path)}, which is no module of zeros")
+    if len(filled) == len(pieces):
+        raise UnreadableAdapter(f"{file.path}: {FILLED_KEY} names every module; there is no adapter in the file")
     return {path: piece for path, piece in pieces.items() if path not in filled}
+
+
+def _unnamed(places: Places, config: PeftConfig) -> list[str]:
+    """A note on keys of alpha_pattern that name no module. Raises UnsupportedAdapter when one would if its dots stood
+    for any character, as they do in PEFT."""
+    modules = {factor["A"][1] for factors in places.values() for factor in factors.values() if "A" in factor}
+    names = {f"{module}{end}" for module in modules for end in ("", ".weight", ".gate_up_proj", ".down_proj")}
+    ends = {end for name in names for end in ends_of(name)}
+    unnamed = [key for key in config.alphas.literal if key not in ends]
+    dotted = [key for key in unnamed if "." in key]
+    if len(dotted) * len(ends) > COMPARISONS_MAX:
+        raise UnsupportedAdapter(
+            f"{config.path}: alpha_pattern has {len(dotted)} keys that name no module; remove them"
+        )
+    for key in dotted:
+        loose = re.compile(re.escape(key).replace(r"\.", "."))
+        if hit := next((end for end in ends if len(end) == len(key) and loose.fullmatch(end)), None):
+            raise UnsupportedAdapter(
+                f"{config.path}: alpha_pattern has the key {quote(key)}, which PEFT takes for {quote(hit)}, as a dot "
+                "stands for any character there; write the module's name"
+            )
+    return [f"alpha_pattern names {listed(map(quote, unnamed))}, which the adapter does not have"] if unnamed else []
+
+
+def _fused_otherwise(pieces: Mapping[str, Piece], config: PeftConfig) -> list[str]:
+    """A note where PEFT 0.21 on transformers 5 makes another function of the same file: it fuses single experts by r
+    and lora_alpha alone."""
+    single = any(piece.facts.layout == ONE_BY_ONE for piece in pieces.values())
+    if not single or not (config.rslora or config.ranks.literal or config.alphas.literal):
+        return []
+    return [
+        "single experts with rsLoRA or patterns: each has the scale that it was trained with; PEFT 0.21, which "
+        "fuses them on loading, gives some another"
+    ]
 
 
 def _present(folder: Path, name: str) -> Path:
@@ -145,7 +182,7 @@ def _sorted_out(file: TensorFile, choice: Choice, config: PeftConfig) -> tuple[P
             dropped[wanted] = None
         elif name is not None:
             names[tensor] = name
-        elif not (tensor.endswith(".bias") and not file.load(tensor).count_nonzero()):  # a bias of zeros does nothing
+        elif not (tensor.endswith(".lora_B.bias") and not file.load(tensor).count_nonzero()):  # zeros do nothing
             raise _refused_tensor(tensor, module, file.path)
     chosen = _of_one_adapter(names, choice.adapter, file.path)
     places: Places = {}

@@ -53,6 +53,8 @@ def peft_files(adapter: Adapter, facts: AdapterFacts, layout: ExpertLayout = "pe
     stacks = {path: pair for path, pair in adapter.pairs.items() if is_expert_stack(path)}
     filled = {} if layout in ("fused", "stacked") else _filling(stacks, whole=layout == "per expert")
     stacks |= filled
+    if layout == "per expert":
+        stacks = _of_one_rank_and_scale(stacks)
     modules, parameters = sorted(dense), list[str]()
     tensors: dict[str, Later] = {}
     for path, pair in dense.items():
@@ -74,7 +76,8 @@ def peft_files(adapter: Adapter, facts: AdapterFacts, layout: ExpertLayout = "pe
         metadata[FILLED_KEY] = " ".join(sorted(filled))
     if facts.base_fingerprint is not None:
         metadata[FINGERPRINT_KEY] = facts.base_fingerprint
-    config = _config(scaled, modules, parameters, facts)
+    lead = next(iter(sorted(stacks)), None) if layout == "per expert" else None
+    config = _config(scaled, modules, parameters, facts, lead)
     return {CONFIG_NAME: [dump_json(config)], TENSORS_NAME: tensor_chunks(tensors, metadata)}
 
 
@@ -88,6 +91,26 @@ def _per_expert(path: str, pair: LoraPair) -> dict[str, Later]:
         made[peft_name(path, "A", expert)] = partial(pair.a.select, 0, expert)
         made[peft_name(path, "B", expert)] = partial(pair.b.select, 0, expert)
     return made
+
+
+def _of_one_rank_and_scale(stacks: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+    """PEFT fuses single experts by r and lora_alpha alone, whatever patterns say: experts that differ are padded with
+    zeros to the highest rank, and B takes up the difference in scale (in fp32)."""
+    rank = max((pair.rank for pair in stacks.values()), default=0)
+    scale = next((pair.scale for pair in stacks.values()), 1.0)
+    return {path: _brought_to(pair, rank, scale) for path, pair in stacks.items()}
+
+
+def _brought_to(pair: LoraPair, rank: int, scale: float) -> LoraPair:
+    a, b, more = pair.a, pair.b, rank - pair.rank
+    if more:
+        a = torch.nn.functional.pad(a, (0, 0, 0, more))
+        b = torch.nn.functional.pad(b, (0, more))
+    return LoraPair(a, _rescaled(b, pair.scale, scale), scale)
+
+
+def _rescaled(b: Tensor, old: float, new: float) -> Tensor:
+    return b if old == new else b.float() * (old / new)
 
 
 def _by_layer(stacks: Mapping[str, LoraPair]) -> dict[str, dict[str, LoraPair]]:
@@ -152,8 +175,9 @@ def _factors(pair: LoraPair) -> tuple[Tensor, Tensor]:
 
 def _gate_up(gate: LoraPair, up: LoraPair) -> tuple[Tensor, Tensor]:
     """Both brought to gate's scale."""
-    up_b = up.b if up.scale == gate.scale else up.b * (up.scale / gate.scale)
-    return fuse((gate.a, gate.b), (up.a, up_b))
+    up_b = _rescaled(up.b, up.scale, gate.scale)
+    dtype = torch.promote_types(gate.b.dtype, up_b.dtype)
+    return fuse((gate.a, gate.b.to(dtype)), (up.a, up_b.to(dtype)))
 
 
 def _zero_like(other: LoraPair | None) -> LoraPair:
@@ -163,13 +187,16 @@ def _zero_like(other: LoraPair | None) -> LoraPair:
 
 
 def _config(
-    scaled: Mapping[str, tuple[int, float]], modules: list[str], parameters: list[str], facts: AdapterFacts
-) -> dict[str, Any]:
-    """adapter_config.json: the most common rank and scale as r and lora_alpha, the others in patterns, by whole name.
+    scaled: Mapping[str, tuple[int, float]], modules: list[str], parameters: list[str], facts: AdapterFacts,
+    lead: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """adapter_config.json: the most common rank and scale (or those of `lead`) as r and lora_alpha, the others in
+    patterns, by whole name.
 
     The number lora_alpha gives back exactly the scale, with rsLoRA's divisor where it must.
     """
-    common_rank = Counter(rank for rank, _ in scaled.values()).most_common(1)[0][0]
+    ranks = [rank for rank, _ in scaled.values()]
+    common_rank = Counter(ranks).most_common(1)[0][0] if lead is None else scaled[lead][0]
     for rslora in (False, True):
         alphas = {path: alpha_for(scale, math.sqrt(rank) if rslora else rank) for path, (rank, scale) in scaled.items()}
         if None not in alphas.values():
@@ -177,7 +204,7 @@ def _config(
     else:
         raise MisfitAdapter("no lora_alpha gives all of the adapter's scales; import it with an alpha of its own first")
     exact = {path: alpha for path, alpha in alphas.items() if alpha is not None}
-    common_alpha = Counter(exact.values()).most_common(1)[0][0]
+    common_alpha = Counter(exact.values()).most_common(1)[0][0] if lead is None else exact[lead]
     return {
         "alpha_pattern": {path: _number(alpha) for path, alpha in exact.items() if alpha != common_alpha},
         "auto_mapping": None,

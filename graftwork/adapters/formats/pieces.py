@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,7 +24,10 @@ Factor = dict[Side, tuple[str, str]]
 Places = dict[tuple[str, Layout], dict[int | None, Factor]]
 """(module, layout) -> expert, or None -> its two factors."""
 
+ONE_BY_ONE = "one expert a tensor"
 EXPERTS_MAX = 4096
+EXPANDED_NUMBERS_MAX = 2**29
+"""Of a factor that all experts share, once it is repeated: a small file must not ask for all memory."""
 
 
 class Piece(Protocol):
@@ -54,15 +59,20 @@ class PerExpert:
     names: tuple[tuple[str, str], ...]
     factors: tuple[float, ...]
 
+    @property
+    def rescales(self) -> bool:
+        return any(factor != 1 for factor in self.factors)
+
     def load(self, file: TensorFile) -> tuple[Tensor, Tensor]:
         count, rank = len(self.names), self.facts.rank
         _, out, width = self.facts.shape
-        dtype = torch.promote_types(file.entries[self.names[0][0]].dtype, file.entries[self.names[0][1]].dtype)
+        dtypes = [file.entries[name].dtype for names in self.names for name in names]
+        dtype = torch.float32 if self.rescales else functools.reduce(torch.promote_types, dtypes)
         a, b = torch.zeros(count, rank, width, dtype=dtype), torch.zeros(count, out, rank, dtype=dtype)
         for index, ((a_name, b_name), factor) in enumerate(zip(self.names, self.factors, strict=True)):
             one_a, one_b = file.load(a_name), file.load(b_name)
             a[index, : one_a.shape[0]] = one_a
-            b[index, :, : one_b.shape[1]] = one_b if factor == 1 else one_b * factor
+            b[index, :, : one_b.shape[1]] = one_b if factor == 1 else one_b.float() * factor
         return a, b
 
 
@@ -150,7 +160,7 @@ def _matrix(file: TensorFile, factor: Factor, config: PeftConfig) -> ModuleFacts
     if config.targets_parameter(f"{module}.weight"):
         module = f"{module}.weight"
     for name, shape, rank in ((a, a_shape, a_shape[0]), (b, b_shape, b_shape[1])):
-        if rank not in config.ranks_of(module):
+        if not config.may_have_rank(module, rank):
             raise _wrong_rank(file, name, shape, rank, config.named_rank(module))
     if a_shape[0] != b_shape[1]:
         raise _wrong_rank(file, b, b_shape, b_shape[1], a_shape[0])
@@ -184,9 +194,14 @@ def _per_expert(file: TensorFile, factors: Mapping[int, Factor], config: PeftCon
             )
     count = experts[-1] + 1
     present = None if len(experts) == count else tuple(experts)
-    facts = ModuleFacts((count, *first.shape), max(f.rank for f in each), first.scale, "one expert a tensor", present)
     names = tuple((factors[expert]["A"][0], factors[expert]["B"][0]) for expert in experts)
-    return PerExpert(facts, names, tuple(f.scale / first.scale for f in each))
+    to_first = tuple(f.scale / first.scale for f in each)
+    rank = max(f.rank for f in each)
+    changed = (["rescaled"] if any(factor != 1 for factor in to_first) else []) + (
+        ["padded"] if any(f.rank != rank for f in each) else []
+    )
+    facts = ModuleFacts((count, *first.shape), rank, first.scale, ONE_BY_ONE, present, tuple(changed))
+    return PerExpert(facts, names, to_first)
 
 
 def _stacked(file: TensorFile, path: str, factor: Factor, config: PeftConfig) -> dict[str, Piece]:
@@ -201,12 +216,17 @@ def _stacked(file: TensorFile, path: str, factor: Factor, config: PeftConfig) ->
     if not counts <= {1, experts} or experts > EXPERTS_MAX:
         raise UnreadableAdapter(f"{file.path}: {path}: A is of {a_shape[0]} experts, B of {b_shape[0]}")
     for name, shape, found in ((a, a_shape, rank), (b, b_shape, b_shape[-1])):
-        if found not in config.ranks_of(module) or found != rank:
+        if found != rank or not config.may_have_rank(module, found):
             raise _wrong_rank(file, name, shape, found, config.named_rank(module))
+    if (numbers := experts * max(math.prod(a_shape[-2:]), math.prod(b_shape[-2:]))) > EXPANDED_NUMBERS_MAX:
+        raise UnsupportedAdapter(
+            f"{file.path}: {path}: repeated for {experts} experts it is {numbers} numbers a factor"
+        )
     shared = len(a_shape) == 2 or len(b_shape) == 2 or counts != {experts}
     layout = "experts share a factor" if shared else "stacked experts"
     shape = (experts, b_shape[-2], a_shape[-1])
-    facts = ModuleFacts(shape, rank, config.scale(module, rank), layout)
+    changed = ("shared",) if shared else ()
+    facts = ModuleFacts(shape, rank, config.scale(module, rank), layout, changed=changed)
     return {name: Stacked(part, a, b, rows) for name, part, rows in _halves(file, path, facts, b)}
 
 
@@ -218,7 +238,12 @@ def _halves(file: TensorFile, path: str, facts: ModuleFacts, b: str) -> list[tup
     experts, out, width = facts.shape
     if out % 2:
         raise UnreadableAdapter(f"{file.path}: tensor {b} has {out} rows; gate above up would be an even number")
-    half = ModuleFacts((experts, out // 2, width), facts.rank, facts.scale, f"{facts.layout}, gate above up")
+    half = replace(
+        facts,
+        shape=(experts, out // 2, width),
+        layout=f"{facts.layout}, gate above up",
+        changed=(*facts.changed, "split"),
+    )
     return [(f"{module}.gate_proj", half, slice(out // 2)), (f"{module}.up_proj", half, slice(out // 2, out))]
 
 
@@ -236,7 +261,7 @@ def _parameter(
         raise UnsupportedAdapter(
             f"{file.path}: tensor {factors['A'][0]} is of one parameter of {path}; target_parameters in "
             f"adapter_config.json must say which ({FUSED} or down_proj), and names "
-            f"{listed(map(quote, config.target_parameters)) or 'none'}"
+            f"{listed(map(quote, sorted(config.target_parameters))) or 'none'}"
         )
     return found[0]
 

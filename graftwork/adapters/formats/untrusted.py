@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 from graftwork.errors import UnreadableAdapter
 
 QUOTE_CHARACTERS = 80
+LISTED_CHARACTERS = 160
 VALUES_MAX = 2**16
 """In a JSON object that is parsed whole; empty lists and tables take 60 times their bytes of memory."""
 _SPACES = r"[ \t\r\n]*"
@@ -30,8 +31,8 @@ def quote(value: Any) -> str:
 
 
 def listed(names: Iterable[str], at_most: int = 5) -> str:
-    """`a, b, c and 4 more`."""
-    found = list(names)
+    """`a, b, c and 4 more`; a name of more than LISTED_CHARACTERS is cut short."""
+    found = [name if len(name) <= LISTED_CHARACTERS else f"{name[:LISTED_CHARACTERS]}..." for name in names]
     more = f" and {len(found) - at_most} more" if len(found) > at_most else ""
     return ", ".join(found[:at_most]) + more
 
