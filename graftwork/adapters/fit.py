@@ -22,12 +22,12 @@ class Reduced:
     energy: float
 
 
-def pad_rank(pair: LoraPair, rank: int, fresh_a: Tensor) -> LoraPair:
-    """Raise the rank: new rows of A from `fresh_a` [rank, in], new columns of B zero. Exact, and the new directions can
-    learn: the gradient of their columns of B is not zero, since their rows of A are not."""
-    a = torch.cat([pair.a, fresh_a[..., pair.rank :, :]], dim=-2)
-    b = torch.cat([pair.b, pair.b.new_zeros(*pair.b.shape[:-1], rank - pair.rank)], dim=-1)
-    return LoraPair(a, b, pair.scale)
+def pad_rank(pair: LoraPair, room: LoraPair) -> LoraPair:
+    """Raise the rank to that of `room`, a fresh pair (B zero), which is written and returned. Exact, and the new
+    directions can learn: the gradient of their columns of B is not zero, since their rows of A are not."""
+    room.a[..., : pair.rank, :] = pair.a
+    room.b[..., : pair.rank] = pair.b
+    return LoraPair(room.a, room.b, pair.scale)
 
 
 def drop_idle_directions(pair: LoraPair, rank: int) -> LoraPair | None:
@@ -74,7 +74,8 @@ def to_scale(pair: LoraPair, scale: float) -> LoraPair:
 def revive(pair: LoraPair, fresh_a: Callable[[], Tensor]) -> LoraPair | None:
     """Fresh rows of A where a direction could never learn, its row of A and its column of B both zero (for an expert):
     exact. None where there are no such directions. fresh_a gives [rank, in], for experts [E, rank, in]."""
-    dead = ~(pair.a.any(dim=-1) | pair.b.any(dim=-2))  # [r], experts [E, r]
+    largest = pair.a.abs().amax(dim=-1) + pair.b.abs().amax(dim=-2)  # [r], experts [E, r]
+    dead = largest == 0
     if not bool(dead.any()):
         return None
     return LoraPair(torch.where(dead[..., None], fresh_a(), pair.a), pair.b, pair.scale)

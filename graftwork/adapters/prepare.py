@@ -92,11 +92,12 @@ def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> Prepa
     fitting = _Fitting(spec, rank, alpha / rank, wish)
     digest, dtypes = RunningDigest(), set[str]()
     for path in sorted(modules):
+        room = fitting.room(places[path], modules[path])
         pair = source.load(path)
         digest.add(name_in_digest(path, modules[path]), pair)
         fitting.untouched &= places[path] == path
         dtypes |= {str(tensor.dtype).removeprefix("torch.") for tensor in (pair.a, pair.b)}
-        fitting.take(places[path], pair, modules[path])
+        fitting.take(places[path], pair, modules[path], room)
     adapter, report = fitting.finish()
     report.notes += source.notes
     report.dropped += source.dropped
@@ -143,7 +144,13 @@ class _Fitting:
         self.untouched = True
         """Whether every module so far is the source's to the last byte, name and scale: the digest is then, too."""
 
-    def take(self, path: str, pair: LoraPair, facts: ModuleFacts) -> None:
+    def room(self, path: str, facts: ModuleFacts) -> LoraPair | None:
+        """Where a module that will be padded goes: made before its source is read, so that what is freed again lies
+        behind what stays, and memory is not left in holes."""
+        shape = self.spec.shapes[path]
+        return _fresh_pair(shape, self.rank, self.scale, self.wish.seed, path) if facts.rank < self.rank else None
+
+    def take(self, path: str, pair: LoraPair, facts: ModuleFacts, room: LoraPair | None) -> None:
         """Fit one module. It is changed in as few ways as will do, and each is reported."""
         self.report.layouts[facts.layout] += 1
         steps = list(facts.changed)
@@ -166,7 +173,8 @@ class _Fitting:
                 self.out_of_range[path] = source.scale
                 return
         if pair.rank < self.rank:
-            pair = pad_rank(pair, self.rank, self._fresh(path, self.rank))
+            assert room is not None, "a pair never has a lower rank than its file says"
+            pair = pad_rank(pair, room)
             steps.append("padded")
         if (revived := revive(pair, lambda: self._fresh(path, self.rank))) is not None:
             pair = revived
