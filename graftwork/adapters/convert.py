@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,9 +89,8 @@ class Imported:
 class _Ready:
     prepared: PreparedInitAdapter
     facts: AdapterFacts
-    fingerprint: str | None
     companions: Companions
-    report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any]
 
 
 def import_adapter(
@@ -102,8 +101,7 @@ def import_adapter(
     Raises AdapterError when it cannot be used, Conflict when `out` exists, StoreError when it cannot be written. Then
     nothing is left behind.
     """
-    if out.exists():
-        raise Conflict(f"{out} exists already; nothing is ever overwritten: choose another name")
+    _refuse_existing(out)
     ready = _ready(source, target, wish, choice)
     files = peft_files(ready.prepared.adapter, ready.facts)
     _publish(disk, out, ADAPTER, {"digest": ready.report["digest"]}, {
@@ -133,7 +131,7 @@ def convert_adapter(
             REPORT_NAME: dump_json(ready.report),
         })  # fmt: skip
         return Imported(folder, ready.report)
-    snapshot = snapshot_of(ready.prepared, ready.fingerprint, ready.companions)
+    snapshot = snapshot_of(ready.prepared, ready.facts.base_fingerprint, ready.companions)
     with _nothing_left(disk, checkpoints), disk.publish_dir(folder, CHECKPOINT, {"step": 0}) as staging:
         write_snapshot(staging, snapshot, ready.facts, ranks)
         staging.write_json(REPORT_NAME, ready.report)
@@ -148,8 +146,7 @@ def export_adapter(
     format: a key of FORMATS. Dtypes, ranks and scales stay. older: `source` may be a checkpoint with rank_N.pt; alpha:
     for one that does not say its scale. Raises as `import_adapter` does.
     """
-    if out.exists():
-        raise Conflict(f"{out} exists already; nothing is ever overwritten: choose another name")
+    _refuse_existing(out)
     with open_adapter(source, alpha=alpha, older=older) as opened:
         SlotSpec.around(opened.source)  # all experts are there
         adapter = Adapter({path: opened.source.load(path) for path in sorted(opened.source.modules)})
@@ -209,12 +206,18 @@ def _ready(source: Path, target: Target, wish: Wish, choice: Choice) -> _Ready:
         "notes": [*prepared.report["notes"], *notes],
         "warnings": [*prepared.report["warnings"], *warnings],
     }
-    return _Ready(prepared, AdapterFacts(base, fingerprint), fingerprint, companions, report)
+    return _Ready(prepared, AdapterFacts(base, fingerprint), companions, report)
 
 
 def _as_it_is(source: AdapterSource, wish: Wish) -> SlotSpec:
     spec = SlotSpec.around(source)
     return SlotSpec(max(spec.max_rank, wish.rank or 0), spec.shapes)
+
+
+def _refuse_existing(out: Path) -> None:
+    """Before any work is done for it. Raises Conflict."""
+    if out.exists():
+        raise Conflict(f"{out} exists already; nothing is ever overwritten: choose another name")
 
 
 def _publish(disk: Disk, target: Path, kind: str, facts: dict[str, Any], files: dict[str, Content]) -> None:

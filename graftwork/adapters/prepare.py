@@ -84,10 +84,7 @@ def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> Prepa
     Raises MisfitAdapter: one message that names everything that does not fit, and what to do. UnreadableAdapter for a
     number that is not finite.
     """
-    modules = source.modules
-    places = match_paths(modules, spec.shapes)
-    if misfits := [*_module_misfits(modules, places, spec), *_rank_misfits(modules, wish, spec)]:
-        raise _misfit(misfits)
+    modules, places = source.modules, places_of(source, spec, wish)
     rank, alpha = _rank_and_alpha(modules, wish, spec)
     fitting = _Fitting(spec, rank, alpha / rank, wish)
     digest, dtypes = RunningDigest(), set[str]()
@@ -121,6 +118,15 @@ def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> Prepa
         **report.to_json(),
     }
     return PreparedInitAdapter(adapter, rank, alpha, source_digest, about)
+
+
+def places_of(source: AdapterSource, spec: SlotSpec, wish: Wish) -> dict[str, str]:
+    """The source's modules -> the slot's, by what is known before a tensor is read. Raises MisfitAdapter, naming
+    everything that does not fit."""
+    places = match_paths(source.modules, spec.shapes)
+    if misfits := [*_module_misfits(source.modules, places, spec), *_rank_misfits(wish, spec)]:
+        raise _misfit(misfits)
+    return places
 
 
 def refuse_other_base(what: str, recorded: str | None, fingerprint: str | None) -> None:
@@ -275,7 +281,7 @@ def _fits(facts: ModuleFacts, shape: Shape) -> bool:
     return facts.shape == tuple(shape)
 
 
-def _rank_misfits(modules: Mapping[str, ModuleFacts], wish: Wish, spec: SlotSpec) -> list[str]:
+def _rank_misfits(wish: Wish, spec: SlotSpec) -> list[str]:
     misfits = []
     if wish.rank is not None and not 1 <= wish.rank <= spec.max_rank:
         misfits.append(f"rank {wish.rank}, and the slots hold 1 to {spec.max_rank}. Set lora.max_rank to {wish.rank}")

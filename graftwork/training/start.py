@@ -11,7 +11,7 @@ from pathlib import Path
 
 from graftwork.adapters.companions import Companions
 from graftwork.adapters.formats.untrusted import listed
-from graftwork.adapters.prepare import PreparedInitAdapter, Wish, fresh, prepare, refuse_other_base
+from graftwork.adapters.prepare import PreparedInitAdapter, Wish, fresh, places_of, prepare, refuse_other_base
 from graftwork.adapters.report import REPORT_NAME, lines_of
 from graftwork.adapters.snapshot import Snapshot, read_snapshot, snapshot_of, write_snapshot
 from graftwork.adapters.source import AdapterFacts, AdapterSource, InMemory
@@ -102,7 +102,7 @@ def open_start(
             raise MisfitAdapter(f"adapter.{name} is {asked}, {where} has {found}; drop the setting, or convert again")
     for adapter in (snapshot.adapter, snapshot.reference):
         if adapter is not None:
-            prepare(InMemory(adapter), base.spec, Wish(state.rank, state.alpha))  # says what does not fit
+            places_of(InMemory(adapter), base.spec, Wish(state.rank, state.alpha))
             if absent := sorted(base.spec.shapes.keys() - adapter.pairs.keys()):
                 raise MisfitAdapter(f"{where} was trained without {listed(absent)}; set lora.target_modules as it was")
     if needs_reference and state.step > 0 and snapshot.reference is None:
