@@ -285,7 +285,7 @@ def evaluate(
 
 @app.command(name="config")
 def list_settings(
-    section: Annotated[str, typer.Argument(help="sft, rl, trainer, inference, or run (control/orch.toml).")],
+    section: Annotated[str, typer.Argument(help="sft, rl, serve, submit, trainer, inference, or run (orch.toml).")],
 ) -> None:
     """List every setting of a configuration file: type, default, meaning, unit."""
     from graftwork.programs.settings import describe_section

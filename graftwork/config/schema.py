@@ -1,7 +1,9 @@
 """Every setting of every program, typed. A docstring under a field is its help text and names its unit.
 
-RlConfig  = model + lora + output_dir + [trainer] + [inference] + [run]   `graftwork rl`
+RlConfig     = model + lora + output_dir + [trainer] + [inference] + [run]   `graftwork rl`
+ServeConfig  = the same without a run                                      `graftwork serve`
 TrainerConfig, InferenceConfig                                       one program each
+SubmitConfig                                                         `graftwork submit`: what RunConfig is made from
 RunConfig                                                            `control/orch.toml`: a run's whole configuration
 SftConfig                                                            `graftwork sft`
 """
@@ -70,6 +72,9 @@ class AdapterConfig(Section):
     (modules_to_save). The function is then another, and the report says so."""
     adapter_name: str | None = None
     """Which adapter is meant, where the starting adapter's file holds several."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Last parts of the names of the layers that the run trains, a subset of the trainer's; the others stay as they are
+    in the base, and are in no file of the run. Not given: all that the trainer has."""
 
 
 class OptimizerConfig(Section):
@@ -120,6 +125,15 @@ class LossConfig(Section):
         return self
 
 
+class RetentionConfig(Section):
+    """What a run keeps on disk. Batches and versions that a resume or a reader can still need are always kept."""
+
+    checkpoints: Positive = 5
+    """Newest checkpoints that are kept."""
+    history: bool = False
+    """Keep every batch and every published version too: for replaying and auditing the whole run."""
+
+
 class RunSection(Section):
     """What one run is, wherever it is written down."""
 
@@ -144,6 +158,14 @@ class RunSection(Section):
     """A batch whose oldest token comes from a version older than k - 1 - this is set aside as stale."""
     checkpoint_interval_steps: Positive = 10
     """A checkpoint every this many steps, and one at the end."""
+    retention: RetentionConfig = RetentionConfig()
+    isolation: Literal["exact", "mixed"] = "exact"
+    """exact: a micro-batch holds this run alone; bit-equal to training alone. mixed: it may share micro-batches with
+    other mixed runs, which is faster for small batches; equal to rounding, and still nobody's NaN touches another."""
+    stop: bool = False
+    """Set by `graftwork stop`: the trainer checkpoints the run and gives its slot back."""
+    max_batch_wait_seconds: PositiveFloat = 3600.0
+    """Longest wait for the run's next batch before it is evicted."""
     max_skipped_steps: Positive = 3
     """Steps in a row whose gradient is not finite before the run is evicted."""
     inference_url: str = "http://127.0.0.1:8000"
@@ -164,6 +186,15 @@ class RunConfig(RunSection):
     """One run: `control/orch.toml`. The orchestrator and the trainer read the same file."""
 
     model: ModelConfig
+
+
+class SubmitConfig(RunSection):
+    """`graftwork submit`: a run for a trainer that is up."""
+
+    output_dir: str = "outputs"
+    """The tree that `graftwork serve` watches."""
+    model: ModelConfig | None = None
+    """Not given: the base that `graftwork serve` serves."""
 
 
 class NamedRun(RunSection):
@@ -244,6 +275,26 @@ class RlConfig(Section):
     trainer: TrainerSection = TrainerSection()
     inference: InferenceSection = InferenceSection(port=0)
     run: NamedRun
+
+
+class ServeConfig(Section):
+    """`graftwork serve`: one trainer and one inference server that stay up for runs that come and go."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    output_dir: str = "outputs"
+    """The tree that is watched for `run_*` folders."""
+    trainer: TrainerSection = TrainerSection(slots=8)
+    inference: InferenceSection = InferenceSection(port=0, max_adapters=16)
+
+    @model_validator(mode="after")
+    def _room_for_every_run(self) -> ServeConfig:
+        if self.inference.max_adapters < self.trainer.slots:
+            raise ValueError(
+                f"inference.max_adapters is {self.inference.max_adapters}, trainer.slots {self.trainer.slots}: every "
+                "run that trains needs its adapter in the sampler"
+            )
+        return self
 
 
 class SftDataConfig(Section):

@@ -12,12 +12,22 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from graftwork.config.schema import InferenceConfig, RlConfig, RunConfig, SftConfig, TrainerConfig
+from graftwork.config.schema import (
+    InferenceConfig,
+    RlConfig,
+    RunConfig,
+    ServeConfig,
+    SftConfig,
+    SubmitConfig,
+    TrainerConfig,
+)
 from graftwork.errors import ConfigError
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "sft": SftConfig,
     "rl": RlConfig,
+    "serve": ServeConfig,
+    "submit": SubmitConfig,
     "trainer": TrainerConfig,
     "inference": InferenceConfig,
     "run": RunConfig,

@@ -93,6 +93,10 @@ class RunTree:
         return self.root / "metrics.jsonl"
 
     @property
+    def chain_jsonl(self) -> Path:
+        return self.root / "chain.jsonl"
+
+    @property
     def samples_jsonl(self) -> Path:
         return self.root / "samples.jsonl"
 
@@ -127,6 +131,14 @@ class OutputTree:
     @property
     def trainer_json(self) -> Path:
         return self.root / "trainer.json"
+
+    @property
+    def liveness_json(self) -> Path:
+        return self.root / "liveness.json"
+
+    @property
+    def serve_json(self) -> Path:
+        return self.root / "serve.json"
 
     @property
     def trainer_lock(self) -> Path:

@@ -19,7 +19,8 @@ TERMINAL: frozenset[State] = frozenset({"finished", "failed", "evicted", "stoppe
 class Status:
     """orch_digest: sha256 of the orch.toml that it is about. arrival: place in the order of arrival, kept by restarts.
     admitted: the run held a slot under this orch.toml, so a restarted trainer goes on with it unasked.
-    start_step: the step at which this admission began. wanted_batch: the step whose batch the trainer waits for."""
+    start_step: the step at which this admission began. wanted_batch: the step whose batch the trainer waits for.
+    place: in the line of the queued, from 1."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # read with pydantic: types and names are checked
 
@@ -33,6 +34,7 @@ class Status:
     start_step: int | None = None
     wanted_batch: int | None = None
     reason: str | None = None
+    place: int | None = None
 
     def is_of(self, run: RunId, orch_digest: str | None) -> bool:
         """Whether it is about this very run under this very orch.toml; a copied folder brings another run's status."""
