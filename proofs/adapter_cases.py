@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def run(case: Case, lab: Lab, folder: Path) -> Outcome:
     source = case.source(base, folder / "source")
     given = source if case.given is None else case.given(source, folder / "given")
     out = folder / "imported"
-    options = ImportOptions(str(base), case.wish, case.choice, case.targets)
+    options = ImportOptions(str(base), replace(case.wish, targets=case.targets), case.choice)
     if case.refused is not None:
         return refusal(case, given, out, options)
     report = import_(given, out, options).report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from graftwork.adapters.formats.untrusted import listed
 from graftwork.adapters.names import match_paths
 from graftwork.adapters.report import ImportReport
 from graftwork.adapters.source import AdapterSource, ModuleFacts, name_in_digest
+from graftwork.config.schema import ALL_LINEAR
 from graftwork.errors import MisfitAdapter
 
 SCALE_TOLERANCE = 1e-9
@@ -50,21 +51,36 @@ class SlotSpec:
             )
         return SlotSpec(max(f.rank for f in modules.values()), {path: f.shape for path, f in modules.items()})
 
+    def narrowed(self, targets: Sequence[str] | None) -> SlotSpec:
+        """Only the modules whose names end in one of `targets`; None or "all-linear": all. Raises MisfitAdapter, naming
+        the targets that no module answers to."""
+        if targets is None or tuple(targets) == ALL_LINEAR:
+            return self
+        shapes = {path: shape for path, shape in self.shapes.items() if path.rpartition(".")[2] in targets}
+        known = {path.rpartition(".")[2] for path in self.shapes}
+        if unknown := sorted(set(targets) - known):
+            raise MisfitAdapter(
+                f"adapter.target_modules names {listed(unknown)}, which the slots do not have; they have "
+                f"{', '.join(sorted(known))}"
+            )
+        return SlotSpec(self.max_rank, shapes)
+
 
 @dataclass(frozen=True)
 class Wish:
     """What the run asks for. rank, alpha: None inherits the adapter's rank, and its scale.
-    allow_lossy: cut a rank that is too high by SVD. seed: of what starts fresh."""
+    allow_lossy: cut a rank that is too high by SVD. seed: of what starts fresh. targets: see `SlotSpec.narrowed`."""
 
     rank: int | None = None
     alpha: float | None = None
     allow_lossy: bool = False
     seed: int = 0
+    targets: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class PreparedInitAdapter:
-    """What one slot starts from: fp32, on the CPU, for exactly the slot's modules, one rank and one scale.
+    """What one slot starts from: fp32, on the CPU, for exactly the run's modules, one rank and one scale.
 
     Its adapter's pairs have the run's own rank (not the slot's), all with scale alpha / rank.
     report: JSON-able. kind "adapter": what was done with which source; kind "fresh": the seed.
@@ -84,6 +100,7 @@ def prepare(source: AdapterSource, spec: SlotSpec, wish: Wish = Wish()) -> Prepa
     Raises MisfitAdapter: one message that names everything that does not fit, and what to do. UnreadableAdapter for a
     number that is not finite.
     """
+    spec = spec.narrowed(wish.targets)
     modules, places = source.modules, places_of(source, spec, wish)
     rank, alpha = _rank_and_alpha(modules, wish, spec)
     fitting = _Fitting(spec, rank, alpha / rank, wish)
@@ -256,8 +273,8 @@ def _module_misfits(modules: Mapping[str, ModuleFacts], places: Mapping[str, str
     if unknown := sorted(modules.keys() - places.keys()):
         misfits.append(
             f"{_count(unknown, 'module')} of the adapter that the slots do not have: {listed(unknown)}. "
-            "Add their names to lora.target_modules (--targets), drop them (--ignore), or check that the adapter "
-            "belongs to this base"
+            "Add their names to lora.target_modules (--targets; adapter.target_modules, if the run names some), drop "
+            "them (--ignore), or check that the adapter belongs to this base"
         )
     if twice := sorted(path for path, count in Counter(places.values()).items() if count > 1):
         misfits.append(f"two modules of the adapter stand for {listed(twice)}. Save it again with one name for each")

@@ -64,11 +64,11 @@ class SlotLayout:
             b[0][..., : pair.rank] = pair.b
         return row[0]
 
-    def unpack(self, row: Tensor, rank: int, scale: float) -> Adapter:
-        """The adapter of `rank` in `row [P]`: copies, fp32, on the CPU."""
-        table = row.detach().cpu()[None]
+    def unpack(self, row: Tensor, held: Held) -> Adapter:
+        """The adapter in `row [P]`: copies, fp32, on the CPU, at its own rank, of its own modules."""
+        table, rank, scale = row.detach().cpu()[None], held.rank, held.scale
         pairs = {}
-        for path in self.places:
+        for path in sorted(held.modules):
             a, b = self.factors(table, path)
             own_a, own_b = a[0][..., :rank, :], b[0][..., :rank]
             pairs[path] = LoraPair(_copied(own_a), _copied(own_b), scale)
@@ -77,10 +77,12 @@ class SlotLayout:
 
 @dataclass(frozen=True)
 class Held:
-    """What a slot holds: rank and alpha of the adapter in it."""
+    """What a slot holds: rank, alpha and modules of the adapter in it. The row is zero elsewhere, and stays zero: where
+    A and B are 0, so are both gradients, and what AdamW makes of them."""
 
     rank: int
     alpha: float
+    modules: frozenset[str]
 
     @property
     def scale(self) -> float:
@@ -119,14 +121,13 @@ class SlotBank:
     def write(self, slot: int, prepared: PreparedInitAdapter) -> None:
         """Put an adapter into a slot; no other slot is touched. The slot must be free: reset it first."""
         assert self.held[slot] is None, f"slot {slot} is in use"
-        self.held[slot] = Held(prepared.rank, prepared.alpha)
+        self.held[slot] = Held(prepared.rank, prepared.alpha, frozenset(prepared.adapter.pairs))
         self.weights[slot].copy_(self.layout.pack(prepared.adapter))
         self.refresh(slot)
 
     def read(self, slot: int) -> Adapter:
         """The adapter in a slot, as it would be published: fp32 copies on the CPU, at the run's own rank."""
-        held = self.holding(slot)
-        return self.layout.unpack(self.weights[slot], held.rank, held.scale)
+        return self.layout.unpack(self.weights[slot], self.holding(slot))
 
     def holding(self, slot: int) -> Held:
         held = self.held[slot]

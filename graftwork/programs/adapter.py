@@ -52,21 +52,18 @@ class ImportOptions:
     base: str | None
     wish: Wish
     choice: Choice
-    targets: tuple[str, ...] | None
-
-    def __post_init__(self) -> None:
-        if self.targets is not None and self.base is None:
-            raise ConfigError("--targets needs --base: only a base says which modules there are")
 
     def target(self, source: Path) -> Target:
         """The slots of the named base: of the targets, or of the modules that the adapter has."""
         if self.base is None:
+            if self.wish.targets is not None:
+                raise ConfigError("--targets needs --base or a trainer.json: only these say which modules there are")
             return Target()
         rank = self.wish.rank or RANK_MAX
-        spec = slot_spec(self.base, LoraConfig(max_rank=rank, target_modules=self.targets or ALL_LINEAR))
+        spec = slot_spec(self.base, LoraConfig(max_rank=rank, target_modules=self.wish.targets or ALL_LINEAR))
         with open_adapter(source, self.choice) as opened:
             recorded = opened.source.facts.base_fingerprint
-            if self.targets is None:
+            if self.wish.targets is None:
                 spec = _narrowed(spec, opened)
             if self.wish.rank is None:
                 spec = SlotSpec(max(f.rank for f in opened.source.modules.values()), spec.shapes)

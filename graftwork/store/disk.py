@@ -29,6 +29,7 @@ MANIFEST = "STABLE"
 MANIFEST_FORMAT = 1
 MANIFEST_BYTES_MAX = 2 * 2**20  # ten thousand files
 STAGING_PREFIX = ".staging-"
+RETIRED_PREFIX = "retired-"
 HASH_CHUNK_BYTES = 2**20
 
 
@@ -232,6 +233,13 @@ class Disk:
         with path.open("ab") as file:
             file.write(data)
 
+    def sync_file(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def sync_folder(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -299,18 +307,23 @@ class Disk:
             rows = [row for row in read_lines(path) if isinstance(row.get("step"), int) and row["step"] <= last_step]
             self.publish_file(path, "".join(json_line(row) + "\n" for row in rows).encode())
 
-    def quarantine(self, path: Path, trash: Path) -> Path:
+    def quarantine(self, path: Path, trash: Path, prefix: str = "") -> Path:
         """Move a file or folder into `trash` (same file system) under a name that was never used; return it."""
         self.make_folder(trash)
-        target = trash / f"{path.name}-{secrets.token_hex(4)}"
+        target = trash / f"{prefix}{path.name}-{secrets.token_hex(4)}"
         self.rename(path, target)
         self.sync_folder(trash)
         self.sync_folder(path.parent)
         return target
 
-    def sweep(self, folder: Path) -> list[Path]:
+    def retire(self, path: Path, trash: Path) -> None:
+        """Delete a published folder: first out of its readers' sight, whole, by a rename into `trash`, then from there.
+        What a kill leaves between the two is removed by `sweep(trash, RETIRED_PREFIX)`."""
+        self.remove_tree(self.quarantine(path, trash, RETIRED_PREFIX))
+
+    def sweep(self, folder: Path, prefix: str = STAGING_PREFIX) -> list[Path]:
         """Remove what a killed writer left half-done in `folder`. Only for the folder's one writer."""
-        left = sorted(folder.glob(f"{STAGING_PREFIX}*")) if folder.is_dir() else []
+        left = sorted(folder.glob(f"{prefix}*")) if folder.is_dir() else []
         for path in left:
             if path.is_dir():
                 self.remove_tree(path)

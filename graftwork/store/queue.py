@@ -38,6 +38,10 @@ from graftwork.store.layout import RunId, RunTree
 
 BATCH = "batch"
 BROADCAST = "broadcast"
+BATCH_FILES = ("batch.json", "batch.safetensors", "orchestrator.json")
+JSON_BYTES_MAX = 16 * 2**20
+TOKEN_BYTES, ROLLOUT_BYTES, HEADER_BYTES_MAX = 13, 24, 2**20
+"""Of batch.safetensors: a token's and a rollout's entries in all columns, and the header."""
 VERSION_NAME = re.compile(r"(?P<run>[a-z0-9][a-z0-9_-]{0,62})@(?P<step>0|[1-9][0-9]{0,17})-(?P<digest8>[0-9a-f]{8})")
 
 DigestSource = Literal["engine", "claimed"]
@@ -123,15 +127,29 @@ def publish_batch(disk: Disk, tree: RunTree, batch: Batch) -> str:
     return staging.published.sha256
 
 
-def read_batch(tree: RunTree, step: int) -> tuple[Batch, str] | None:
+@dataclass(frozen=True)
+class BatchSize:
+    """The largest batch that a reader takes into memory."""
+
+    rollouts: int
+    tokens: int
+
+    @property
+    def bytes(self) -> int:
+        return self.tokens * TOKEN_BYTES + (self.rollouts + 1) * ROLLOUT_BYTES + HEADER_BYTES_MAX
+
+
+def read_batch(tree: RunTree, step: int, most: BatchSize | None = None) -> tuple[Batch, str] | None:
     """The batch of `step` and its digest, every byte verified; None while it is not published.
 
-    Raises BadBatch when what is there is not a batch of this run and step.
+    Raises BadBatch when what is there is not a batch of this run and step, or larger than `most`: by the sizes of its
+    files, before they are read.
     """
     folder = tree.batch(step)
     if not is_stable(folder):
         return None
     try:
+        _refuse_too_large(folder, step, most)
         manifest = verify(folder, BATCH)
         about = read_json(folder / "batch.json", "batch")
         columns = load_safetensors((folder / "batch.safetensors").read_bytes())
@@ -144,11 +162,31 @@ def read_batch(tree: RunTree, step: int) -> tuple[Batch, str] | None:
         if not isinstance(state, dict):
             raise BadBatch(f"{folder / 'orchestrator.json'} holds no table")
         rollouts = _split(columns, len(versions), folder)
+        if most is not None and len(rollouts) > most.rollouts:
+            raise BadBatch(f"{folder} holds {len(rollouts)} rollouts, the run asks for {most.rollouts} at most")
         return Batch(tree.id, step, float(about["temperature"]), versions, rollouts, state), manifest.sha256
     except Damaged as error:
         raise BadBatch(f"run {tree.id}: batch {step} is damaged: {error}") from None
     except (LookupError, TypeError, ValueError, OverflowError, OSError, SafetensorError) as error:
         raise BadBatch(f"run {tree.id}: {folder} is not a batch ({type(error).__name__}: {error})") from None
+
+
+def _refuse_too_large(folder: Path, step: int, most: BatchSize | None) -> None:
+    """Raises Damaged, BadBatch."""
+    if folder.is_symlink():
+        raise BadBatch(f"{folder} is a symbolic link; a batch is a folder of the run's own")
+    if extra := Manifest.read(folder).files.keys() - set(BATCH_FILES):
+        raise BadBatch(f"{folder} is not a batch: it lists {min(extra)}; a batch is {', '.join(BATCH_FILES)}")
+    limits = dict.fromkeys(BATCH_FILES, JSON_BYTES_MAX)
+    if most is not None:
+        limits["batch.safetensors"] = most.bytes
+    for name, limit in limits.items():
+        path = folder / name
+        if path.is_file() and (size := path.stat().st_size) > limit:
+            raise BadBatch(
+                f"{path} has {size} bytes; a batch of this run has at most {limit}, which is as much as its rollouts "
+                "can need"
+            )
 
 
 def _split(columns: dict[str, NDArray[Any]], versions: int, folder: Path) -> tuple[Rollout, ...]:

@@ -72,6 +72,6 @@ def _example(batch: Batch, index: int, rollout: Rollout, limits: BatchLimits) ->
 
 def _bad(batch: Batch, what: str) -> BadBatch:
     return BadBatch(
-        f"run {batch.run}: batch {batch.step}: {what}. The run ends here; its files stay. "
-        "resume_step takes it back to a checkpoint and sets later batches aside"
+        f"run {batch.run}: batch {batch.step}: {what}. The run ends here, this batch is set aside; a resume goes on "
+        "from the newest checkpoint and has it sampled anew"
     )

@@ -19,7 +19,7 @@ from graftwork.model.base import BaseModel, Route
 from graftwork.model.logprobs import token_logprobs
 from graftwork.training.loss import cross_entropy, policy_loss, sequence_weights
 from graftwork.training.optim import SlotOptimizer, StepOutcome
-from graftwork.training.packer import Example, MicroBatch, pack
+from graftwork.training.packer import Example, MicroBatch, join, pack
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Learner:
 
     def _hold_reference(self, snapshot: Snapshot) -> Adapter | None:
         """The run's starting adapter, in the reference bank, where its loss needs it."""
-        if self.config.loss is None or self.config.loss.kl_coefficient == 0:
+        if not self.needs_reference:
             return snapshot.reference
         reference = snapshot.reference or (snapshot.adapter if snapshot.state.step == 0 else None)
         assert reference is not None, "checked at admission"
@@ -107,31 +107,29 @@ class Learner:
 
     def learn(self, micro: MicroBatch) -> None:
         """Add one micro-batch's gradients to the slot's."""
-        logprobs, entropies = self._logprobs(micro, self.banks.training)
+        learn([Part(self, micro)])
+
+    def loss_of(self, micro: MicroBatch, hidden: Tensor, reference_hidden: Tensor | None) -> Tensor:
+        """The micro-batch's share of the batch's loss, from its rows' last hidden states [T, H]; recorded in `sums`."""
+        logprobs, entropies = self._logprobs(micro, hidden)
         if self.config.loss is None:
             loss, sums = cross_entropy(logprobs, micro), dict[str, Tensor]()
         else:
-            loss, sums = policy_loss(logprobs, self._reference_logprobs(micro), micro, self.config.loss)
+            reference = None if reference_hidden is None else self._logprobs(micro, reference_hidden)[0]
+            loss, sums = policy_loss(logprobs, reference, micro, self.config.loss)
             gap = (logprobs.detach() - micro.sampler_logprobs).abs()
             self.sums.mismatch_max = max(self.sums.mismatch_max, float(gap.max()) if len(gap) else 0.0)
-        loss.backward()
         self._record(micro, loss, entropies, sums)
+        return loss
 
-    def _logprobs(self, micro: MicroBatch, bank: SlotBank) -> tuple[Tensor, Tensor]:
-        base = self.banks.base
-        segment = Segment(self.slot, 0, len(micro.tokens), bank.holding(self.slot).scale)
-        hidden = base.hidden(micro.tokens, micro.positions, micro.plan, Route(bank, (segment,)))
-        chunk = self.config.logprob_chunk_tokens
-        return token_logprobs(
-            hidden[micro.loss_rows], base.head, micro.targets, temperature=self.config.temperature, chunk=chunk
-        )
+    @property
+    def needs_reference(self) -> bool:
+        return self.config.loss is not None and self.config.loss.kl_coefficient > 0
 
-    def _reference_logprobs(self, micro: MicroBatch) -> Tensor | None:
-        assert self.config.loss is not None
-        if self.config.loss.kl_coefficient == 0:
-            return None
-        with torch.no_grad():
-            return self._logprobs(micro, self.banks.references())[0]
+    def _logprobs(self, micro: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        rows, chunk = hidden[micro.loss_rows], self.config.logprob_chunk_tokens
+        head = self.banks.base.head
+        return token_logprobs(rows, head, micro.targets, temperature=self.config.temperature, chunk=chunk)
 
     def _record(self, micro: MicroBatch, loss: Tensor, entropies: Tensor, sums: dict[str, Tensor]) -> None:
         self.sums.loss += float(loss.detach())
@@ -165,12 +163,58 @@ class Learner:
         moments = None
         if self.optimizer.moments is not None:
             first, second = self.optimizer.moments
-            moments = (layout.unpack(first, held.rank, held.scale), layout.unpack(second, held.rank, held.scale))
+            moments = (layout.unpack(first, held), layout.unpack(second, held))
         return Snapshot(self.state, self.adapter(), moments, self.reference, orchestrator_state, self.companions)
+
+    def forget_gradient(self) -> None:
+        """Begin the step again."""
+        self.optimizer.gradient.zero_()
+        self.sums = Sums()
 
     def release(self) -> None:
         """Leave the slot zeroed."""
         self.banks.reset(self.slot)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run's micro-batch in a joint one."""
+
+    learner: Learner
+    micro: MicroBatch
+
+
+def learn(parts: Sequence[Part]) -> None:
+    """One forward and backward pass for micro-batches of different runs: each run's gradients go to its own slot.
+
+    With one part that is training alone. With several only the frozen base's products are shared, row by row: no number
+    of one run, finite or not, reaches another's rows. Losses are each run's own; one backward pass starts from all.
+    """
+    banks = parts[0].learner.banks
+    hidden = _hidden(parts, banks.training)
+    compared = [part for part in parts if part.learner.needs_reference]
+    references: dict[int, Tensor] = {}
+    if compared:
+        with torch.no_grad():
+            for part, states in zip(compared, _hidden(compared, banks.references()), strict=True):
+                references[part.learner.slot] = states
+    losses = [
+        part.learner.loss_of(part.micro, states, references.get(part.learner.slot))
+        for part, states in zip(parts, hidden, strict=True)
+    ]
+    torch.autograd.backward(losses)
+
+
+def _hidden(parts: Sequence[Part], bank: SlotBank) -> list[Tensor]:
+    """Last hidden states, [T, H] a part."""
+    rows = join([part.micro for part in parts])
+    segments, start = [], 0
+    for part, count in zip(parts, rows.counts, strict=True):
+        slot = part.learner.slot
+        segments.append(Segment(slot, start, start + count, bank.holding(slot).scale))
+        start += count
+    hidden = parts[0].learner.banks.base.hidden(rows.tokens, rows.positions, rows.plan, Route(bank, segments))
+    return [hidden] if len(parts) == 1 else list(hidden.split(rows.counts))
 
 
 def _prepared(adapter: Adapter, rank: int, alpha: float) -> PreparedInitAdapter:

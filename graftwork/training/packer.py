@@ -1,7 +1,8 @@
 """Sequences to micro-batches: flat rows, no padding, equal lengths side by side.
 
 A micro-batch depends on its own run's sequences and on the token budget, on nothing else: so a run's arithmetic is the
-same beside other runs as alone (`isolation = "exact"`).
+same beside other runs as alone (`isolation = "exact"`). `join` lays micro-batches of several runs behind one another
+(`isolation = "mixed"`): every run keeps its own rows and its own attention calls.
 """
 
 from __future__ import annotations
@@ -99,6 +100,31 @@ def pack(examples: Sequence[Example], weights: Sequence[float], budget: int, dev
     """All examples as micro-batches of at most `budget` tokens."""
     parts = split([len(example.token_ids) for example in examples], budget)
     return [build([examples[i] for i in part], [weights[i] for i in part], device) for part in parts]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one forward pass; part i owns `counts[i]` of them, in order."""
+
+    tokens: Tensor
+    positions: Tensor
+    plan: PackedPlan
+    counts: tuple[int, ...]
+
+
+def join(micros: Sequence[MicroBatch]) -> Rows:
+    """The rows of one or more micro-batches, one behind the other. Of one, they are its own tensors."""
+    counts = tuple(len(micro.tokens) for micro in micros)
+    if len(micros) == 1:
+        return Rows(micros[0].tokens, micros[0].positions, micros[0].plan, counts)
+    starts = np.cumsum([0, *counts[:-1]])
+    groups = [
+        Group(int(start) + group.start, group.count, group.length)
+        for start, micro in zip(starts, micros, strict=True)
+        for group in micro.plan.groups
+    ]
+    tokens, positions = (torch.cat(parts) for parts in zip(*((m.tokens, m.positions) for m in micros), strict=True))
+    return Rows(tokens, positions, PackedPlan(groups), counts)
 
 
 def _groups(lengths: Sequence[int]) -> list[Group]:

@@ -1,7 +1,7 @@
 """Which runs there are, and what to do about them.
 
-    observe(disk) -> World            what the folders say now
-    reconcile(World, Seats) -> [Action]    pure: what makes the slots agree with it
+    Observer.look(disk, Memory) -> World        what the folders say now
+    reconcile(World, Memory) -> [Action]        pure: what makes the slots agree with it
 
 Level-triggered: nothing depends on having seen an event, so a restart or a repeated call ends in the same place.
 """
@@ -9,21 +9,18 @@ Level-triggered: nothing depends on having seen an event, so a restart or a repe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from graftwork.config.load import build, digest, parse_toml
 from graftwork.config.schema import RunConfig
-from graftwork.errors import ConfigError, Damaged
-from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
-from graftwork.store.status import TERMINAL, Status, read_status
-
-ORCH_TOML_BYTES_MAX = 2**20  # what is larger is no configuration: wait, as for an unreadable one
+from graftwork.store.layout import RunId, RunTree
+from graftwork.store.status import TERMINAL, Status
 
 
 @dataclass(frozen=True)
 class SeenRun:
-    """One run folder. orch_digest None: orch.toml is absent or unreadable, wait. config_error: readable and wrong."""
+    """One run folder. orch_digest None: orch.toml is absent or unreadable, and `unreadable` says how. config_error:
+    readable and wrong."""
 
     tree: RunTree
     orch_digest: str | None
@@ -31,6 +28,7 @@ class SeenRun:
     config_error: str | None
     checkpoints: tuple[int, ...]
     status: Status | None
+    unreadable: str | None = None
 
     @property
     def settled(self) -> bool:
@@ -46,11 +44,31 @@ class World:
 
 @dataclass(frozen=True)
 class Seat:
-    """A run that holds a slot, and the orch.toml that it was admitted under."""
+    """A run that holds a slot, and the orch.toml that it was admitted under. doubted: that file could not be read in
+    the last pass."""
 
     slot: int
     orch_digest: str
     arrival: int
+    doubted: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the trainer knows and no folder says.
+
+    unwritten: runs whose last status could not be written, with the orch.toml that it was about; they are left alone
+    until that changes, else each pass would admit and fail them again.
+    """
+
+    slots: int
+    seats: Mapping[RunId, Seat] = field(default_factory=dict)
+    unwritten: Mapping[RunId, str] = field(default_factory=dict)
+
+    @property
+    def free_slots(self) -> list[int]:
+        taken = {seat.slot for seat in self.seats.values()}
+        return [slot for slot in range(self.slots) if slot not in taken]
 
 
 @dataclass(frozen=True)
@@ -71,11 +89,12 @@ Start = FromCheckpoint | FromTrainer
 
 @dataclass(frozen=True)
 class Enqueue:
-    """Let a run wait: `queued`, with the reason."""
+    """Let a run wait: `queued`, with the reason. place: in the line of those that only lack a slot, from 1."""
 
     run: RunId
     arrival: int
     reason: str
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,82 +106,81 @@ class Admit:
 
 
 @dataclass(frozen=True)
-class Fail:
-    """End a run that holds no slot."""
+class End:
+    """Say that a run without a slot has ended: `failed` with the reason, or `stopped`, as its orch.toml asks."""
 
     run: RunId
     arrival: int
-    reason: str
+    state: Literal["failed", "stopped"]
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class Release:
-    """Take a slot back. why "removed": the folder is gone. "reconfigured": its orch.toml changed; it comes up anew."""
+    """Take a slot back.
+
+    removed       the folder is gone
+    reconfigured  its orch.toml changed; the run comes up anew
+    stopped       its orch.toml asks for it: checkpoint first
+    unreadable    its orch.toml cannot be read, twice in a row: `evicted`, checkpoint first
+    absent        it has none any more, twice in a row: `evicted`; no checkpoint, somebody may be deleting the folder
+    """
 
     run: RunId
-    why: Literal["removed", "reconfigured"]
+    why: Literal["removed", "reconfigured", "stopped", "unreadable", "absent"]
 
 
-Action = Enqueue | Admit | Fail | Release
+Action = Enqueue | Admit | End | Release
+ABSENT = "is absent"
+NO_SLOT = "no slot is free"
 
 
-def observe(outputs: OutputTree, seated: Mapping[RunId, Seat]) -> World:
-    """Read the control files of every run folder. Folders whose name is no run id are left out (and left alone)."""
-    trees, _ = outputs.scan()
-    return World({tree.id: _look(tree, seated.get(tree.id)) for tree in trees})
-
-
-def _look(tree: RunTree, seat: Seat | None) -> SeenRun:
-    """What one folder says. Unreadable, half-written or vanishing under our eyes: look again in the next pass."""
-    try:
-        return _read(tree, seat)
-    except (OSError, UnicodeDecodeError):
-        return SeenRun(tree, None, None, None, (), None)
-
-
-def _read(tree: RunTree, seat: Seat | None) -> SeenRun:
-    if not tree.orch_toml.is_file() or tree.orch_toml.stat().st_size > ORCH_TOML_BYTES_MAX:
-        return SeenRun(tree, None, None, None, (), None)
-    data = tree.orch_toml.read_bytes()
-    try:
-        values = parse_toml(data.decode(), str(tree.orch_toml))
-    except ConfigError:
-        return SeenRun(tree, None, None, None, (), None)
-    orch_digest = digest(data)
-    if seat is not None and seat.orch_digest == orch_digest:
-        return SeenRun(tree, orch_digest, None, None, (), None)  # nothing else about it matters
-    try:
-        status = read_status(tree)
-    except Damaged:
-        status = None
-    try:
-        config, error = build(RunConfig, values, source=str(tree.orch_toml)), None
-    except ConfigError as refused:
-        config, error = None, str(refused)
-    return SeenRun(tree, orch_digest, config, error, tuple(stable_steps(tree.checkpoints)), status)
-
-
-def reconcile(world: World, seats: Mapping[RunId, Seat], slots: int) -> list[Action]:
+def reconcile(world: World, memory: Memory) -> list[Action]:
     """What to do now. Releases come first; a slot that they free is given away in the next pass."""
-    actions: list[Action] = []
-    for run, seat in seats.items():
-        seen = world.runs.get(run)
-        if seen is None:
-            actions.append(Release(run, "removed"))
-        elif seen.orch_digest is not None and seen.orch_digest != seat.orch_digest:
-            actions.append(Release(run, "reconfigured"))
-    waiting = [seen for run, seen in world.runs.items() if run not in seats and seen.orch_digest and not seen.settled]
-    free = [slot for slot in range(slots) if slot not in {seat.slot for seat in seats.values()}]
-    for arrival, seen in _in_order(waiting, world, seats):
-        actions.append(_admit_or_wait(seen, arrival, free))
+    actions: list[Action] = [
+        Release(run, why) for run, seat in memory.seats.items() if (why := _why_release(world.runs.get(run), seat))
+    ]
+    waiting = [seen for run, seen in world.runs.items() if run not in memory.seats and _wants_something(seen, memory)]
+    free, line = memory.free_slots, 0
+    for arrival, seen in _in_order(waiting, world, memory):
+        action = _admit_or_wait(seen, arrival, free)
+        if isinstance(action, Enqueue) and action.reason == NO_SLOT:
+            line += 1
+            action = Enqueue(action.run, arrival, NO_SLOT, line)
+        actions.append(action)
     return actions
 
 
-def _in_order(waiting: Sequence[SeenRun], world: World, seats: Mapping[RunId, Seat]) -> list[tuple[int, SeenRun]]:
+def _why_release(
+    seen: SeenRun | None, seat: Seat
+) -> Literal["removed", "reconfigured", "stopped", "unreadable", "absent"] | None:
+    if seen is None:
+        return "removed"
+    if seen.orch_digest is None:
+        if not seat.doubted:
+            return None  # an editor may be saving it
+        return "absent" if seen.unreadable == ABSENT else "unreadable"
+    if seen.orch_digest == seat.orch_digest:
+        return None
+    return "stopped" if seen.config is not None and seen.config.stop else "reconfigured"
+
+
+def _wants_something(seen: SeenRun, memory: Memory) -> bool:
+    if seen.orch_digest is None or seen.settled:
+        return False
+    return memory.unwritten.get(seen.tree.id) != seen.orch_digest
+
+
+def waits(world: World, memory: Memory) -> bool:
+    """Whether some run holds a slot or wants one."""
+    return bool(memory.seats) or any(_wants_something(seen, memory) for seen in world.runs.values())
+
+
+def _in_order(waiting: Sequence[SeenRun], world: World, memory: Memory) -> list[tuple[int, SeenRun]]:
     """Waiting runs with their places in the order of arrival. Newcomers come after everyone who was ever seen; runs
     that held a slot when the trainer was restarted come before everyone who did not."""
     arrivals = [seen.status.arrival for seen in world.runs.values() if seen.status]
-    last = max(arrivals + [seat.arrival for seat in seats.values()], default=0)
+    last = max(arrivals + [seat.arrival for seat in memory.seats.values()], default=0)
     placed: list[tuple[int, SeenRun]] = []
     for seen in sorted(waiting, key=lambda seen: seen.tree.id):
         if seen.status is not None and seen.status.is_of(seen.tree.id, seen.orch_digest):
@@ -170,19 +188,21 @@ def _in_order(waiting: Sequence[SeenRun], world: World, seats: Mapping[RunId, Se
         else:
             last += 1
             placed.append((last, seen))
-    return sorted(placed, key=lambda pair: (not _was_admitted(pair[1]), pair[0], pair[1].tree.id))
+    return sorted(placed, key=lambda pair: (not was_admitted(pair[1]), pair[0], pair[1].tree.id))
 
 
 def _admit_or_wait(seen: SeenRun, arrival: int, free: list[int]) -> Action:
     """What to do with one run without a slot; takes a slot out of `free` when it admits."""
     run = seen.tree.id
+    if seen.config is not None and seen.config.stop:
+        return End(run, arrival, "stopped", None)
     start = choose_start(seen)
     if isinstance(start, str):
-        return Fail(run, arrival, start)
+        return End(run, arrival, "failed", start)
     if start is None:
         return Enqueue(run, arrival, "waiting for its step_0, which its orchestrator makes from init_adapter_path")
     if not free:
-        return Enqueue(run, arrival, "no slot is free")
+        return Enqueue(run, arrival, NO_SLOT)
     return Admit(run, arrival, free.pop(0), start)
 
 
@@ -195,7 +215,7 @@ def choose_start(seen: SeenRun) -> Start | str | None:
     config, newest = seen.config, max(seen.checkpoints, default=None)
     if config is None:
         return seen.config_error or "its orch.toml cannot be read"
-    if _was_admitted(seen) and newest is not None:
+    if was_admitted(seen) and newest is not None:
         return FromCheckpoint(None)
     if config.resume:
         if newest is None:
@@ -210,7 +230,7 @@ def choose_start(seen: SeenRun) -> Start | str | None:
     return FromTrainer()
 
 
-def _was_admitted(seen: SeenRun) -> bool:
+def was_admitted(seen: SeenRun) -> bool:
     """Whether this very run held a slot under this very orch.toml. A copied folder carries another id and must ask."""
     status = seen.status
     return status is not None and status.admitted and status.is_of(seen.tree.id, seen.orch_digest)

@@ -6,6 +6,7 @@ through `open_start`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,35 @@ from graftwork.model.base import BaseModel
 from graftwork.store.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from graftwork.store.disk import Disk, Staging, read_json
 from graftwork.store.layout import stable_steps, step_folder
+from graftwork.training.runs import FromCheckpoint, SeenRun, Start, was_admitted
+
+log = logging.getLogger(__name__)
+
+
+def starting_point(
+    disk: Disk, base: BaseModel, door: InMemory | None, seen: SeenRun, start: Start
+) -> tuple[Checkpoint, Snapshot]:
+    """The verified checkpoint that a run starts from; a run that has none gets its step_0 made first.
+
+    Raises AdapterError, CannotResume.
+    """
+    tree, config = seen.tree, seen.config
+    assert config is not None
+    step = start.step if isinstance(start, FromCheckpoint) else 0
+    facts = AdapterFacts(config.model.path, base.fingerprint)
+    said: list[str] = []
+    if not isinstance(start, FromCheckpoint):
+        said = lines_of(make_step_0(disk, tree.checkpoints, base, door, config.adapter, config.seed, facts).report)
+    elif not was_admitted(seen):
+        said = bring_step_0(disk, tree.checkpoints, base, config.adapter, config.seed, facts)
+    for line in said:
+        log.info("run %s: step_0: %s", tree.id, line)
+    needs_reference = config.loss.kl_coefficient > 0
+    checkpoint, snapshot = open_start(tree.checkpoints, step, base, config.adapter, needs_reference=needs_reference)
+    if snapshot.state.skipped_in_a_row >= config.max_skipped_steps and not was_admitted(seen):
+        # It was evicted for this, and somebody asked for another try: it gets all its tries.
+        snapshot = replace(snapshot, state=replace(snapshot.state, skipped_in_a_row=0))
+    return checkpoint, snapshot
 
 
 def make_step_0(
@@ -42,13 +72,13 @@ def _first_adapter(
     rank = base.spec.max_rank if wish.rank is None else wish.rank
     if rank > base.spec.max_rank:
         raise MisfitAdapter(f"adapter.rank is {rank}, the slots have lora.max_rank {base.spec.max_rank}")
-    return fresh(base.spec, rank, 2.0 * rank if wish.alpha is None else wish.alpha, seed)
+    return fresh(base.spec.narrowed(wish.target_modules), rank, 2.0 * rank if wish.alpha is None else wish.alpha, seed)
 
 
 def prepare_for(base: BaseModel, source: AdapterSource, wish: AdapterConfig, seed: int) -> PreparedInitAdapter:
     """A saved adapter, made ready for a slot of this base. Raises MisfitAdapter, also when it records another base."""
     refuse_other_base("the adapter", source.facts.base_fingerprint, base.fingerprint)
-    return prepare(source, base.spec, Wish(wish.rank, wish.alpha, wish.allow_lossy, seed))
+    return prepare(source, base.spec, Wish(wish.rank, wish.alpha, wish.allow_lossy, seed, wish.target_modules))
 
 
 def bring_step_0(
@@ -100,11 +130,15 @@ def open_start(
     for name, asked, found in (("rank", wish.rank, state.rank), ("alpha", wish.alpha, state.alpha)):
         if asked is not None and asked != found:
             raise MisfitAdapter(f"adapter.{name} is {asked}, {where} has {found}; drop the setting, or convert again")
+    spec = base.spec.narrowed(wish.target_modules)
     for adapter in (snapshot.adapter, snapshot.reference):
         if adapter is not None:
-            places_of(InMemory(adapter), base.spec, Wish(state.rank, state.alpha))
-            if absent := sorted(base.spec.shapes.keys() - adapter.pairs.keys()):
-                raise MisfitAdapter(f"{where} was trained without {listed(absent)}; set lora.target_modules as it was")
+            places_of(InMemory(adapter), spec, Wish(state.rank, state.alpha))
+            if absent := sorted(spec.shapes.keys() - adapter.pairs.keys()):
+                raise MisfitAdapter(
+                    f"{where} was trained without {listed(absent)}; set adapter.target_modules or lora.target_modules "
+                    "as it was"
+                )
     if needs_reference and state.step > 0 and snapshot.reference is None:
         raise CannotResume(
             f"{where} holds no reference adapter, which loss.kl_coefficient needs; it was trained without"

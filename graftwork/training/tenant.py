@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from graftwork.adapters.formats.peft_write import peft_files
 from graftwork.adapters.snapshot import write_snapshot
 from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import RunConfig
-from graftwork.errors import RunError, StaleBatch
+from graftwork.errors import BadBatch, RunError, StaleBatch
+from graftwork.store.chain import Link, append_link, begin_chain
 from graftwork.store.checkpoint import Checkpoint, save_checkpoint
 from graftwork.store.disk import Disk, Manifest, Staging, json_line
 from graftwork.store.layout import RunTree, stable_steps, step_folder
-from graftwork.store.queue import Batch, Version, publish_version, read_batch, read_version
+from graftwork.store.queue import BatchSize, Version, publish_version, read_batch, read_version
 from graftwork.store.status import State, Status, write_status
 from graftwork.training.batches import BatchLimits, examples_of
-from graftwork.training.learner import Learner, Sums
-from graftwork.training.optim import StepOutcome
+from graftwork.training.learner import Learner
+from graftwork.training.metrics import Work, metrics_row
 from graftwork.training.packer import MicroBatch
+from graftwork.training.retention import Retention
 
-
-@dataclass
-class Work:
-    """A batch that is being learnt. `left`: micro-batches still to do, next one last."""
-
-    batch: Batch
-    digest: str
-    left: list[MicroBatch]
-    started: float
+Clock = Callable[[], float]
+"""Seconds, monotonic."""
 
 
 class Tenant:
-    """`advance` does one turn of work. Whatever it raises from the error tree ends this run and no other."""
+    """`head` is the next micro-batch, `learned` is told when it went into the slot. What they raise from the error tree
+    ends this run and no other."""
 
     def __init__(
-        self, disk: Disk, tree: RunTree, config: RunConfig, status: Status, learner: Learner, max_tokens: int
-    ) -> None:
+        self, disk: Disk, tree: RunTree, config: RunConfig, status: Status, learner: Learner, max_tokens: int,
+        clock: Clock,
+    ) -> None:  # fmt: skip
         self.disk, self.tree, self.config, self.status, self.learner = disk, tree, config, status, learner
-        self.max_tokens = max_tokens
+        self.max_tokens, self.clock = max_tokens, clock
         self.facts = AdapterFacts(config.model.path, learner.state.base_fingerprint)
+        self.retention = Retention(disk, tree, config)
         self.orchestrator_state: dict[str, Any] | None = None
         self.known: dict[int, list[str]] = {int(k): list(v) for k, v in learner.state.known_digests.items()}
+        self.newest_checkpoint = 0
         self.work: Work | None = None
-        self.step_ended = time.monotonic()
+        self.step_ended = clock()
+        self.doubted = False
+        """Whether its orch.toml could not be read in the last pass."""
+        self.tokens_learnt = 0
 
     @property
     def step(self) -> int:
@@ -54,25 +56,36 @@ class Tenant:
     def finished(self) -> bool:
         return self.step >= self.config.max_steps
 
+    @property
+    def may_share(self) -> bool:
+        """Whether its micro-batches may be learnt together with those of other runs."""
+        return self.config.isolation == "mixed" and not (self.work is not None and self.work.alone)
+
+    @property
+    def seconds_without_batch(self) -> float:
+        """How long it has been waiting for its next batch; 0 while it has one."""
+        return 0.0 if self.work is not None or self.finished else self.clock() - self.step_ended
+
     # --- admission ----------------------------------------------------------------------------------------------------
 
-    def open(self, checkpoint: Checkpoint, *, go_back: bool) -> bool:
+    def open(self, checkpoint: Checkpoint, *, go_back: bool) -> None:
         """Bring the folder into line with the checkpoint that the run starts from, publish its version, say `active`.
 
         go_back: the run was told to resume from this step, so later ones are set aside.
-        Returns True: there was work, as in `advance`.
         """
         for folder in (self.tree.checkpoints, self.tree.broadcasts):
             self.disk.sweep(folder)
+        self.retention.sweep()
         if go_back:
             self._set_aside_after(self.step)
         self._set_aside_of_other_runs()
         self.disk.cut_log(self.tree.metrics_jsonl, self.step)
+        self.newest_checkpoint = checkpoint.step
         self.orchestrator_state = checkpoint.orchestrator_state
         self._know_published()
-        self._publish(skipped=False)
+        version = self._publish(skipped=False)
+        begin_chain(self.disk, self.tree, self._link(None, version, skipped=False))
         self.say("active", start_step=self.step)
-        return True
 
     def _set_aside_after(self, step: int) -> None:
         """A resume from a named earlier step: what came after it goes to the trash, before anything new is written."""
@@ -104,31 +117,46 @@ class Tenant:
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
-    def advance(self) -> bool:
-        """Learn one micro-batch, and finish the step after its last. False if there is nothing to do yet."""
-        if self.work is None:
+    def head(self) -> MicroBatch | None:
+        """The micro-batch to learn next; None while there is no batch. Takes the next batch where there is one."""
+        if self.work is None and not self.finished:
             self.work = self._take_batch()
-        if self.work is None:
-            return False
-        self.learner.learn(self.work.left.pop())
-        if not self.work.left:
-            self._finish_step(self.work)
+        return None if self.work is None else self.work.left[-1]
+
+    def learned(self, seconds: float) -> None:
+        """The head's gradients are in the slot; it took `seconds`. Finishes the step after the batch's last."""
+        work = self.work
+        assert work is not None
+        self.tokens_learnt += len(work.left.pop().tokens)
+        work.compute_seconds += seconds
+        if not work.left:
+            self._finish_step(work)
             self.work = None
-        return True
+
+    def begin_again(self) -> None:
+        """Drop what was learnt of the batch, and learn it alone: a micro-batch that it shared came to nothing."""
+        assert self.work is not None
+        self.learner.forget_gradient()
+        self.work = replace(self.work, left=self.learner.plan(self.work.examples)[::-1], alone=True)
 
     def _take_batch(self) -> Work | None:
         step = self.step + 1
-        found = read_batch(self.tree, step)
-        if found is None:
-            return None
-        batch, digest = found
+        rollouts = self.config.sampling.prompts_per_step * self.config.sampling.samples_per_prompt
         try:
+            found = read_batch(self.tree, step, BatchSize(rollouts, rollouts * self.max_tokens))
+            if found is None:
+                return None
+            batch, digest = found
             examples = examples_of(batch, self._limits())
         except StaleBatch as stale:
             self.disk.quarantine(self.tree.batch(step), self.tree.trash)
             self.say("active", reason=str(stale))
             return None
-        return Work(batch, digest, self.learner.plan(examples)[::-1], time.monotonic())
+        except BadBatch:
+            self._must_be_there()
+            self.disk.quarantine(self.tree.batch(step), self.tree.trash)
+            raise
+        return Work(batch, digest, examples, self.learner.plan(examples)[::-1], self.clock())
 
     def _limits(self) -> BatchLimits:
         return BatchLimits(
@@ -143,13 +171,19 @@ class Tenant:
         outcome, sums = self.learner.step(work.digest)
         self.orchestrator_state = work.batch.orchestrator_state
         version = self._publish(skipped=outcome.skipped)
-        now = time.monotonic()
-        row = self._metrics(work, outcome, sums, version, now)
+        append_link(self.disk, self.tree, self._link(work.digest, version, skipped=outcome.skipped))
+        now = self.clock()
+        row = metrics_row(work, outcome, sums, version, work.started - self.step_ended, now - self.step_ended, now)
         self.disk.append_line(self.tree.metrics_jsonl, json_line(row))
         self.step_ended = now
         if self.finished or self.step % self.config.checkpoint_interval_steps == 0:
             self.checkpoint()
         self.say("active")
+        self.retention.tidy(self.step, self.newest_checkpoint)
+
+    def _link(self, batch: str | None, version: Version, *, skipped: bool) -> Link:
+        chain = self.learner.state.cursor.chain
+        return Link(self.step, str(self.tree.id), batch, version.digest, chain, skipped)
 
     def _must_be_there(self) -> None:
         """A folder that somebody removed must not come back because we write into it."""
@@ -176,41 +210,24 @@ class Tenant:
         self.learner.state = replace(self.learner.state, known_digests=known)
 
     def checkpoint(self) -> None:
-        """Publish `checkpoints/step_k` for the step that the run is at."""
+        """Publish `checkpoints/step_k` for the step that the run is at, unless it is there."""
+        if self.newest_checkpoint == self.step and self.tree.checkpoint(self.step).is_dir():
+            return
 
         def fill(staging: Staging) -> None:
             write_snapshot(staging, self.learner.snapshot(self.orchestrator_state), self.facts)
 
         self._must_be_there()
+        for log in (self.tree.chain_jsonl, self.tree.metrics_jsonl):
+            if log.exists():
+                self.disk.sync_file(log)  # so that the lines up to a checkpoint are as durable as it is
         save_checkpoint(self.disk, self.tree.checkpoints, self.step, fill)
+        self.newest_checkpoint = self.step
+        self.retention.tidy_checkpoints()
 
-    def _metrics(self, work: Work, outcome: StepOutcome, sums: Sums, version: Version, now: float) -> dict[str, Any]:
-        rewards = [rollout.reward for rollout in work.batch.rollouts]
-        mean = sum(rewards) / len(rewards)
-        means = sums.means()
-        return {
-            "step": self.step,
-            "reward": mean,
-            "reward_std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
-            "loss": sums.loss,
-            "kl": means.get("kl"),
-            "entropy": means["entropy"],
-            "grad_norm": outcome.gradient_norm,
-            "learning_rate": outcome.learning_rate,
-            "mismatch_mean": means["mismatch"],
-            "mismatch_max": sums.mismatch_max,
-            "truncated": means["truncated"],
-            "rollouts": len(rewards),
-            "tokens": sums.tokens,
-            "loss_tokens": sums.loss_tokens,
-            "answer_tokens_mean": sums.loss_tokens / len(rewards),
-            "skipped": outcome.skipped,
-            "version": version.name,
-            "batch": work.digest,
-            "train_seconds": now - work.started,
-            "wait_seconds": work.started - self.step_ended,
-            "tokens_per_second": sums.tokens / max(now - self.step_ended, 1e-9),
-        }
+    def take_over(self, orch_digest: str) -> None:
+        """What is said from now on is about another state of orch.toml: the one that asks to stop."""
+        self.status = replace(self.status, orch_digest=orch_digest)
 
     def say(self, state: State, *, reason: str | None = None, start_step: int | None = None) -> None:
         """Write the run's status."""

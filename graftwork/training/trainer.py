@@ -1,9 +1,9 @@
 """The trainer: one frozen base, S slots, and passes over whatever runs the folder tree shows.
 
-    pass = observe, reconcile, act; then for each run that holds a slot, in turn, one micro-batch of work
+    pass = observe, reconcile, act; then every run that has work learns its share of tokens (training/fairness.py)
 
-What goes wrong in a run ends that run, with the reason in its status.json. What goes wrong in the trainer's own set-up
-ends the trainer.
+What goes wrong in a run's turn ends that run, with the reason in its status.json. What goes wrong in the trainer's own
+set-up ends the trainer.
 """
 
 from __future__ import annotations
@@ -11,38 +11,41 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import TypeVar
 
 from graftwork.adapters.formats.peft_read import read_peft
-from graftwork.adapters.report import lines_of
-from graftwork.adapters.snapshot import Snapshot
-from graftwork.adapters.source import AdapterFacts, InMemory
+from graftwork.adapters.source import InMemory
 from graftwork.config.schema import AdapterConfig, RunConfig, TrainerConfig
 from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel
-from graftwork.store.checkpoint import Checkpoint
 from graftwork.store.disk import Claim, Disk
 from graftwork.store.layout import OutputTree, RunId
 from graftwork.store.status import TERMINAL, State, Status, write_status
-from graftwork.training.learner import Banks, Learner, LearnerConfig
+from graftwork.training.fairness import DeficitRoundRobin
+from graftwork.training.learner import Banks, Learner, LearnerConfig, Part, learn
+from graftwork.training.liveness import Liveness
+from graftwork.training.observe import Observer
 from graftwork.training.runs import (
+    Action,
     Admit,
+    End,
     Enqueue,
-    Fail,
     FromCheckpoint,
+    Memory,
     Release,
     Seat,
     SeenRun,
     Start,
     World,
-    observe,
     reconcile,
+    waits,
 )
-from graftwork.training.start import bring_step_0, make_step_0, open_start, prepare_for
-from graftwork.training.tenant import Tenant
+from graftwork.training.start import prepare_for, starting_point
+from graftwork.training.tenant import Clock, Tenant
 
 log = logging.getLogger(__name__)
 
@@ -52,25 +55,32 @@ def door_at(path: str | None) -> InMemory | None:
     return None if path is None else read_peft(Path(path))
 
 
+T = TypeVar("T")
+
+
 @dataclass
 class Trainer:
-    """`passes` counts turns. `ended` lists the runs that reached a terminal state under this trainer."""
+    """`passes` counts turns. `some_ended`: a run reached a terminal state under this trainer."""
 
     config: TrainerConfig
     base: BaseModel
     disk: Disk
     door: InMemory | None
+    clock: Clock = time.monotonic
     banks: Banks = field(init=False)
     tenants: dict[RunId, Tenant] = field(default_factory=dict)
-    ended: set[RunId] = field(default_factory=set)
+    some_ended: bool = False
     passes: int = 0
+    unwritten: dict[RunId, str] = field(default_factory=dict)
+    """Runs whose last status could not be written, with their orch.toml's digest."""
     _warned: set[str] = field(default_factory=set)
-    _unwritten: dict[RunId, str | None] = field(default_factory=dict)
-    """Runs whose last status could not be written, with their orch.toml's digest: not tried again until it changes."""
 
     def __post_init__(self) -> None:
         self.outputs = OutputTree(Path(self.config.output_dir).absolute())
         self.banks = Banks.of(self.base, self.config.slots)
+        self.observer = Observer(self.outputs)
+        self.shares = DeficitRoundRobin(self.config.tokens_per_micro_batch)
+        self.liveness = Liveness(self.disk, self.outputs)
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -109,141 +119,244 @@ class Trainer:
     def one_pass(self) -> bool:
         """One turn; whether anything was done."""
         self.passes += 1
-        seats = {run: Seat(t.learner.slot, t.status.orch_digest, t.status.arrival) for run, t in self.tenants.items()}
-        world = self._without_unwritten(observe(self.outputs, seats))
+        memory = self._memory()
+        world = self.observer.look(memory.seats)
+        self.unwritten = {run: digest for run, digest in self.unwritten.items() if run in world.runs}
         self._warn_of_bad_names()
-        acted = [self._act(action, world) for action in reconcile(world, seats, self.config.slots)]
-        worked = [self._turn(tenant) for tenant in list(self.tenants.values())]
-        return any(acted) or any(worked)
+        acted = [self._act(action, world) for action in reconcile(world, memory)]
+        for run, tenant in self.tenants.items():
+            tenant.doubted = run in memory.seats and world.runs[run].orch_digest is None
+        ended = [self._guarded(tenant, lambda tenant=tenant: self._settle(tenant)) for tenant in self._seated()]  # type: ignore[misc]
+        worked = self._work()
+        self.liveness.publish(self.passes, self.tenants)
+        return any(acted) or any(ended) or worked
 
     def done(self) -> bool:
         """Whether some run ended here and none is active or waiting."""
-        world = self._without_unwritten(observe(self.outputs, {}))
-        waiting = [seen for seen in world.runs.values() if seen.orch_digest and not seen.settled]
-        return bool(self.ended) and not self.tenants and not waiting
+        memory = self._memory()
+        return self.some_ended and not waits(self.observer.look(memory.seats), memory)
 
-    def _turn(self, tenant: Tenant) -> bool:
-        """One micro-batch of one run."""
+    def _memory(self) -> Memory:
+        seats = {
+            run: Seat(tenant.learner.slot, tenant.status.orch_digest, tenant.status.arrival, tenant.doubted)
+            for run, tenant in self.tenants.items()
+        }
+        return Memory(self.config.slots, seats, self.unwritten)
 
-        def turn() -> bool:
-            worked = not tenant.finished and tenant.advance()
-            if tenant.learner.state.skipped_in_a_row >= tenant.config.max_skipped_steps:
-                count = tenant.learner.state.skipped_in_a_row
-                self._end(tenant, "evicted", f"{count} steps in a row had a gradient that was not finite")
-            elif tenant.finished:
-                self._end(tenant, "finished", None)
-            return worked
+    def _seated(self) -> list[Tenant]:
+        return list(self.tenants.values())
 
-        return self._guarded(tenant, turn)
+    # --- work ---------------------------------------------------------------------------------------------------------
 
-    def _guarded(self, tenant: Tenant, work: Callable[[], bool]) -> bool:
-        """Run `work`; an error of the run's own, or of its files, ends the run and nothing else."""
+    def _work(self) -> bool:
+        """Every run that has work learns what it is granted; whether there was any."""
+        with_work = [tenant for tenant in self._seated() if self._head_tokens(tenant)]
+        self.shares.grant(tenant.tree.id for tenant in with_work)
+        together = [tenant for tenant in with_work if tenant.may_share]
+        for lane in [*([tenant] for tenant in with_work if not tenant.may_share), together]:
+            while chosen := self._next_of(lane):
+                self._learn(chosen)
+        return bool(with_work)
+
+    def _head_tokens(self, tenant: Tenant) -> int:
+        """Tokens of the run's next micro-batch; 0 when it has none, or no slot any more."""
+        if tenant.tree.id not in self.tenants:
+            return 0
+        head = self._guarded(tenant, tenant.head)
+        return 0 if head is None else len(head.tokens)
+
+    def _next_of(self, lane: Sequence[Tenant]) -> list[Tenant]:
+        """The runs whose next micro-batches are learnt together: as many as can afford it, up to the token budget."""
+        chosen: list[Tenant] = []
+        room = self.config.tokens_per_micro_batch
+        for tenant in lane:
+            tokens = self._head_tokens(tenant)
+            if not tokens:
+                self.shares.forget(tenant.tree.id)
+            elif tokens <= room and self.shares.affords(tenant.tree.id, tokens):
+                if not tenant.may_share:
+                    return chosen or [tenant]
+                chosen.append(tenant)
+                room -= tokens
+        return chosen
+
+    def _learn(self, together: Sequence[Tenant]) -> None:
+        """One joint micro-batch; a run alone is the usual case. One that fails is not charged to anyone: its runs learn
+        their batches again, alone."""
+        micros = [tenant.head() for tenant in together]
+        parts = [Part(t.learner, micro) for t, micro in zip(together, micros, strict=True) if micro is not None]
+        began = self.clock()
+        if len(parts) == 1:
+            self._guarded(together[0], lambda: learn(parts))
+        else:
+            try:
+                learn(parts)
+            except Exception:
+                log.exception(
+                    "a micro-batch of %s failed; each learns alone", ", ".join(str(t.tree.id) for t in together)
+                )
+                for tenant in together:
+                    tenant.begin_again()
+                return
+        seconds = self.clock() - began
+        for tenant, part in zip(together, parts, strict=True):
+            if tenant.tree.id in self.tenants:
+                self._count(tenant, len(part.micro.tokens), seconds)
+
+    def _count(self, tenant: Tenant, tokens: int, seconds: float) -> None:
+        """A run's micro-batch is learnt."""
+
+        def count() -> None:
+            tenant.learned(seconds)
+            self._settle(tenant)
+
+        self.shares.spend(tenant.tree.id, tokens)
+        self.liveness.note_learnt(tenant.tree.id, tokens)
+        self._guarded(tenant, count)
+
+    def _settle(self, tenant: Tenant) -> bool:
+        """End a run that is through, or that has used up its tries or its time; whether it was ended."""
+        config, skipped = tenant.config, tenant.learner.state.skipped_in_a_row
+        if skipped >= config.max_skipped_steps:
+            reason = f"{skipped} steps in a row had a gradient that was not finite"
+            self._end(tenant, "evicted", reason, checkpoint=True)
+        elif tenant.finished:
+            self._end(tenant, "finished", None)
+        elif tenant.seconds_without_batch > config.max_batch_wait_seconds:
+            reason = (
+                f"no batch {tenant.step + 1} for {config.max_batch_wait_seconds:g} seconds (max_batch_wait_seconds)"
+            )
+            self._end(tenant, "evicted", reason, checkpoint=True)
+        else:
+            return False
+        return True
+
+    def _guarded(self, tenant: Tenant, work: Callable[[], T]) -> T | None:
+        """The bulkhead: run a tenant's work; whatever it raises ends this run and nothing else. None when it did.
+
+        Outside the error tree it is a bug of ours or of a library's, or a lack of memory: logged with its traceback.
+        """
         try:
             return work()
         except (GraftworkError, OSError) as error:
             self._end(tenant, "failed", str(error))
-            return True
+        except Exception as error:
+            log.exception("run %s: a bug, in its turn", tenant.tree.id)
+            reason = (
+                f"an error that nobody foresaw: {type(error).__name__}: {error}; the trainer's log has the traceback"
+            )
+            self._end(tenant, "failed", reason)
+        return None
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
-    def _act(self, action: Admit | Enqueue | Fail | Release, world: World) -> bool:
+    def _act(self, action: Action, world: World) -> bool:
         """Carry out one action; whether it changed anything."""
         match action:
             case Release(run, why):
-                self._release(run, why)
-            case Enqueue(run, arrival, reason):
-                return self._note(world.runs[run], arrival, "queued", reason)
-            case Fail(run, arrival, reason):
-                self.ended.add(run)
-                log.error("run %s: failed: %s", run, reason)
-                return self._note(world.runs[run], arrival, "failed", reason)
+                tenant = self.tenants[run]
+                self._guarded(tenant, lambda: self._release(tenant, why, world.runs.get(run)))
+            case Enqueue(run, arrival, reason, place):
+                return self._note(world.runs[run], arrival, "queued", reason, place)
+            case End(run, arrival, state, reason):
+                self.some_ended = True
+                log.log(logging.ERROR if reason else logging.INFO, "run %s: %s: %s", run, state, reason or "as asked")
+                return self._note(world.runs[run], arrival, state, reason)
             case Admit(run, arrival, slot, start):
                 self._admit(world.runs[run], arrival, slot, start)
         return True
 
-    def _release(self, run: RunId, why: str) -> None:
-        tenant = self.tenants.pop(run)
-        tenant.learner.release()
-        log.info("run %s: %s at step %d, slot %d is free", run, why, tenant.step, tenant.learner.slot)
+    def _release(self, tenant: Tenant, why: str, seen: SeenRun | None) -> None:
+        """Take the slot back, for a reason that its folder gives."""
+        run = tenant.tree.id
+        match why:
+            case "stopped":
+                assert seen is not None and seen.orch_digest is not None
+                tenant.take_over(seen.orch_digest)
+                self._end(tenant, "stopped", None, checkpoint=True)
+            case "unreadable" | "absent":
+                assert seen is not None
+                reason = f"its {tenant.tree.orch_toml.name} {seen.unreadable}"
+                self._end(tenant, "evicted", reason, checkpoint=why == "unreadable")
+            case _:
+                if why == "removed":
+                    self.liveness.note_removed(run, tenant.step)
+                self._vacate(tenant)
+                log.info("run %s: %s at step %d, slot %d is free", run, why, tenant.step, tenant.learner.slot)
 
-    def _note(self, seen: SeenRun, arrival: int, state: State, reason: str) -> bool:
+    def _vacate(self, tenant: Tenant) -> None:
+        tenant.learner.release()
+        self.shares.forget(tenant.tree.id)
+        self.tenants.pop(tenant.tree.id, None)
+
+    def _note(self, seen: SeenRun, arrival: int, state: State, reason: str | None, place: int | None = None) -> bool:
         """Write the status of a run that holds no slot, if it says something new."""
         assert seen.orch_digest is not None
         old = seen.status
-        admitted = old is not None and old.orch_digest == seen.orch_digest and old.admitted
-        status = Status(str(seen.tree.id), state, seen.orch_digest, arrival, admitted=admitted, reason=reason)
+        admitted = old is not None and old.is_of(seen.tree.id, seen.orch_digest) and old.admitted
+        step = None if state == "queued" else max(seen.checkpoints, default=None)
+        status = Status(str(seen.tree.id), state, seen.orch_digest, arrival, admitted=admitted, step=step,
+                        reason=reason, place=place)  # fmt: skip
         if status == old:
             return False
         try:
             write_status(self.disk, seen.tree, status)
         except OSError as error:
-            self._unwritten[seen.tree.id] = seen.orch_digest
-            log.error("run %s: cannot write its status: %s", seen.tree.id, error)
+            self._cannot_write(seen.tree.id, seen.orch_digest, error)
         return True
 
-    def _without_unwritten(self, world: World) -> World:
-        """The world less the runs whose end could not be recorded: else each pass would admit and fail them again."""
-        return World(
-            {run: seen for run, seen in world.runs.items() if self._unwritten.get(run, "") != seen.orch_digest}
-        )
+    def _cannot_write(self, run: RunId, orch_digest: str, error: OSError) -> None:
+        self.unwritten[run] = orch_digest
+        log.error("run %s: cannot write its status: %s", run, error)
 
     def _admit(self, seen: SeenRun, arrival: int, slot: int, start: Start) -> None:
         """Give the run a slot and publish the version that it starts from, before any rollout."""
         assert seen.config is not None and seen.orch_digest is not None
         run = seen.tree.id
         try:
-            checkpoint, snapshot = self._starting_point(seen, start)
+            checkpoint, snapshot = starting_point(self.disk, self.base, self.door, seen, start)
             learner = Learner(self.banks, slot, self._learner_config(seen.config), snapshot)
         except (GraftworkError, OSError) as error:
-            self.ended.add(run)
-            log.error("run %s: failed: %s", run, error)
-            self._note(seen, arrival, "failed", str(error))
+            self._refuse(seen, arrival, slot, str(error))
+            return
+        except Exception as error:
+            log.exception("run %s: a bug, in its admission", run)
+            self._refuse(seen, arrival, slot, f"an error that nobody foresaw: {type(error).__name__}: {error}")
             return
         status = Status(str(run), "active", seen.orch_digest, arrival, admitted=True, slot=slot)
         max_tokens = min(self.config.tokens_per_micro_batch, self.base.max_positions)
-        tenant = Tenant(self.disk, seen.tree, seen.config, status, learner, max_tokens)
+        tenant = Tenant(self.disk, seen.tree, seen.config, status, learner, max_tokens, self.clock)
         self.tenants[run] = tenant
         go_back = isinstance(start, FromCheckpoint) and start.step is not None
         log.info("run %s: slot %d, from step %d (%s)", run, slot, learner.state.step, learner.state.start)
         self._guarded(tenant, lambda: tenant.open(checkpoint, go_back=go_back))
 
-    def _end(self, tenant: Tenant, state: State, reason: str | None) -> None:
+    def _refuse(self, seen: SeenRun, arrival: int, slot: int, reason: str) -> None:
+        self.banks.reset(slot)
+        self.some_ended = True
+        log.error("run %s: failed: %s", seen.tree.id, reason)
+        self._note(seen, arrival, "failed", reason)
+
+    def _end(self, tenant: Tenant, state: State, reason: str | None, *, checkpoint: bool = False) -> None:
         """Give the slot back and say why. A run whose folder cannot be written any more is still released."""
         assert state in TERMINAL
         run = tenant.tree.id
+        if checkpoint:
+            try:
+                tenant.checkpoint()
+            except (GraftworkError, OSError) as error:
+                state, reason = "failed", f"{reason or state}; its checkpoint could not be written: {error}"
         try:
-            if tenant.tree.root.is_dir():
+            if tenant.tree.orch_toml.parent.is_dir():
                 tenant.say(state, reason=reason)
         except OSError as error:
-            self._unwritten[run] = tenant.status.orch_digest
-            log.error("run %s: cannot write its status: %s", run, error)
-        tenant.learner.release()
-        del self.tenants[run]
-        self.ended.add(run)
+            self._cannot_write(run, tenant.status.orch_digest, error)
+        if not tenant.tree.root.is_dir():
+            self.liveness.note_removed(run, tenant.step)
+        self._vacate(tenant)
+        self.some_ended = True
         log.log(logging.INFO if reason is None else logging.ERROR, "run %s: %s at step %d%s", run, state, tenant.step,
                 "" if reason is None else f": {reason}")  # fmt: skip
-
-    def _starting_point(self, seen: SeenRun, start: Start) -> tuple[Checkpoint, Snapshot]:
-        """The verified checkpoint that the run starts from; a run that has none gets its step_0 made first."""
-        tree, config = seen.tree, seen.config
-        assert config is not None
-        step = start.step if isinstance(start, FromCheckpoint) else 0
-        facts = AdapterFacts(config.model.path, self.base.fingerprint)
-        said: list[str] = []
-        if not isinstance(start, FromCheckpoint):
-            made = make_step_0(self.disk, tree.checkpoints, self.base, self.door, config.adapter, config.seed, facts)
-            said = lines_of(made.report)
-        elif not config.resume:
-            said = bring_step_0(self.disk, tree.checkpoints, self.base, config.adapter, config.seed, facts)
-        for line in said:
-            log.info("run %s: step_0: %s", tree.id, line)
-        needs_reference = config.loss.kl_coefficient > 0
-        checkpoint, snapshot = open_start(
-            tree.checkpoints, step, self.base, config.adapter, needs_reference=needs_reference
-        )
-        if seen.status is not None and seen.status.state == "evicted":  # asked to try again: it gets all its tries
-            snapshot = replace(snapshot, state=replace(snapshot.state, skipped_in_a_row=0))
-        return checkpoint, snapshot
 
     def _learner_config(self, config: RunConfig) -> LearnerConfig:
         return LearnerConfig(

@@ -21,6 +21,7 @@ from graftwork.config.schema import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    RetentionConfig,
     RunConfig,
     TrainerConfig,
 )
@@ -51,7 +52,8 @@ class Lab:
     def run(self, name: str, **settings: Any) -> RunTree:
         """Write (or rewrite) the run's orch.toml."""
         tree = self.outputs.run(RunId(name))
-        settings = {"max_steps": 6, "checkpoint_interval_steps": 2, **settings}
+        keep_all = RetentionConfig(checkpoints=100, history=True)
+        settings = {"max_steps": 6, "checkpoint_interval_steps": 2, "retention": keep_all, **settings}
         DISK.publish_file(tree.orch_toml, dump(RunConfig(model=self.model, **settings)))
         return tree
 

@@ -1,0 +1,60 @@
+"""A run's line in metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftwork.store.queue import Batch, Version
+from graftwork.training.learner import Sums
+from graftwork.training.optim import StepOutcome
+from graftwork.training.packer import Example, MicroBatch
+
+
+@dataclass
+class Work:
+    """A batch that is being learnt. `left`: micro-batches still to do, next one last. alone: none is shared with other
+    runs. compute_seconds: spent on its micro-batches so far."""
+
+    batch: Batch
+    digest: str
+    examples: Sequence[Example]
+    left: list[MicroBatch]
+    started: float
+    alone: bool = False
+    compute_seconds: float = 0.0
+
+
+def metrics_row(
+    work: Work, outcome: StepOutcome, sums: Sums, version: Version, batch_wait_seconds: float, step_seconds: float,
+    now: float,
+) -> dict[str, Any]:  # fmt: skip
+    """batch_wait_seconds: from the end of the last step until the batch was there. step_seconds: between the steps."""
+    rewards = [rollout.reward for rollout in work.batch.rollouts]
+    mean = sum(rewards) / len(rewards)
+    means = sums.means()
+    return {
+        "step": version.step,
+        "reward": mean,
+        "reward_std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
+        "loss": sums.loss,
+        "kl": means.get("kl"),
+        "entropy": means["entropy"],
+        "grad_norm": outcome.gradient_norm,
+        "learning_rate": outcome.learning_rate,
+        "mismatch_mean": means["mismatch"],
+        "mismatch_max": sums.mismatch_max,
+        "truncated": means["truncated"],
+        "rollouts": len(rewards),
+        "tokens": sums.tokens,
+        "loss_tokens": sums.loss_tokens,
+        "answer_tokens_mean": sums.loss_tokens / len(rewards),
+        "skipped": outcome.skipped,
+        "version": version.name,
+        "batch": work.digest,
+        "train_seconds": work.compute_seconds,
+        "turn_wait_seconds": now - work.started - work.compute_seconds,
+        "wait_seconds": batch_wait_seconds,
+        "tokens_per_second": sums.tokens / max(step_seconds, 1e-9),
+    }

@@ -1,0 +1,77 @@
+"""What of a run's folder can go: what no reader and no resume can need any more."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftwork.config.schema import RunConfig
+from graftwork.store.disk import RETIRED_PREFIX, Disk
+from graftwork.store.layout import RunTree, stable_steps, step_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The oldest batch and the oldest version that must stay."""
+
+    batch: int
+    version: int
+
+
+def needed(config: RunConfig, step: int, newest_checkpoint: int) -> Needed:
+    """step: of the run's newest version.
+
+    A batch is needed until a checkpoint has consumed it. A version is needed while a batch that comes may have been
+    sampled from it, and where a resume from the newest checkpoint would sample from it.
+    """
+    if config.retention.history:
+        return Needed(0, 0)
+    return Needed(
+        newest_checkpoint + 1, max(0, min(step - config.max_staleness_steps, newest_checkpoint - config.lag_steps))
+    )
+
+
+class Retention:
+    """Retires what is no longer needed. It asks for folders by name: a flood of batches that nobody waits for costs
+    nothing. A folder that cannot be deleted is a matter of disk space, not of the run: it is logged and left."""
+
+    def __init__(self, disk: Disk, tree: RunTree, config: RunConfig) -> None:
+        self.disk, self.tree, self.config = disk, tree, config
+        self.oldest_batch = min(stable_steps(tree.rollouts), default=0)
+        self.oldest_version = min(stable_steps(tree.broadcasts), default=0)
+
+    def sweep(self) -> None:
+        """Finish what a killed trainer had begun to retire."""
+        try:
+            self.disk.sweep(self.tree.trash, RETIRED_PREFIX)
+        except OSError as error:
+            self._leave(self.tree.trash, error)
+
+    def tidy(self, step: int, newest_checkpoint: int) -> None:
+        """After a version was published."""
+        bounds = needed(self.config, step, newest_checkpoint)
+        for old in range(self.oldest_batch, bounds.batch):
+            self._retire(self.tree.batch(old))
+        for old in range(self.oldest_version, bounds.version):
+            self._retire(self.tree.broadcast(old))
+        self.oldest_batch = max(self.oldest_batch, bounds.batch)
+        self.oldest_version = max(self.oldest_version, bounds.version)
+
+    def tidy_checkpoints(self) -> None:
+        """After a checkpoint was published."""
+        for old in stable_steps(self.tree.checkpoints)[: -self.config.retention.checkpoints]:
+            self._retire(step_folder(self.tree.checkpoints, old))
+
+    def _retire(self, folder: Path) -> None:
+        if not folder.exists():
+            return
+        try:
+            self.disk.retire(folder, self.tree.trash)
+        except OSError as error:
+            self._leave(folder, error)
+
+    def _leave(self, folder: Path, error: OSError) -> None:
+        log.warning("run %s: %s is no longer needed and cannot be deleted: %s", self.tree.id, folder, error)
