@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import VOCAB
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from graftwork.config.schema import LoraConfig, ModelConfig
 from graftwork.model.base import BaseModel, load_base
@@ -17,18 +15,7 @@ from proofs.adapter_models import make_base
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 of two layers on disk: head size 16, 4 query heads, 2 key heads."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    path = tmp_path_factory.mktemp("tiny") / "base"
-    model.save_pretrained(path)
-    return path
+    return make_base("qwen3", tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
