@@ -8,6 +8,7 @@ versions that have no line yet. `begin_chain` puts that right at the next admiss
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -63,7 +64,7 @@ def begin_chain(disk: Disk, tree: RunTree, link: Link) -> None:
 
     The history stays where it leads to that version. It does not where the file is another run's (a copied folder),
     where its line of that step has another digest or chain or is missing (a checkpoint that was brought from
-    elsewhere), or where a line is no link: then the file goes to the trash, and the chain begins anew at `link`.
+    elsewhere), or where a line is no link: then it goes to the trash, and the chain begins anew at `link`.
     """
     raw = _read(tree)
     try:
@@ -72,8 +73,8 @@ def begin_chain(disk: Disk, tree: RunTree, link: Link) -> None:
         links = []
     history = [older for older in links if older.step <= link.step]
     if not history or not history[-1].same_version(link):
-        if raw:
-            disk.quarantine(tree.chain_jsonl, tree.trash)
+        if raw:  # a copy, so that a kill in between leaves no run without a chain
+            disk.publish_file(tree.trash / f"{tree.chain_jsonl.name}-{hashlib.sha256(raw).hexdigest()[:8]}", raw)
         _publish(disk, tree, [link])
     elif len(history) < len(links) or not raw.endswith(b"\n"):
         _publish(disk, tree, history)

@@ -260,11 +260,11 @@ def read_version(tree: RunTree, step: int) -> Published | None:
 def publish_version(
     disk: Disk, tree: RunTree, version: Version, files: Mapping[str, Content], facts: dict[str, Any]
 ) -> Published:
-    """Publish `broadcasts/step_k`. The same step with the same digest again is a no-op; with another digest the old
+    """Publish `broadcasts/step_k`. The same step with the same digest and chain again is a no-op; with others the old
     folder is set aside (trash) first: readers that hold it open keep it, its digest stays known to the trainer.
     """
     there = read_version(tree, version.step)
-    if there is not None and there.version == version:
+    if there is not None and there.version == version and there.facts.get("chain") == facts.get("chain"):
         return there
     facts = {**facts, "run": str(version.run), "step": version.step, "digest": version.digest}
     if there is not None:

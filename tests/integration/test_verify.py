@@ -18,7 +18,7 @@ from graftwork.store.chain import read_chain
 from graftwork.store.disk import Content, Disk
 from graftwork.store.layout import RunId, RunTree, stable_steps
 from graftwork.store.queue import Batch, publish_batch, read_version
-from proofs.forgeries import FORGERIES, OF_KL_RUNS, Forgery
+from proofs.forgeries import FORGERIES, OF_KL_RUNS, Forgery, remake
 
 HISTORY = {"loss": LossConfig(kl_coefficient=0.1), "retention": RetentionConfig(history=True)}
 SHORT = {
@@ -96,11 +96,12 @@ class Watched(Disk):
     """Before each change on the disk, verifies the run as a kill at this moment would leave it."""
 
     def __init__(self, tree: RunTree) -> None:
-        self.tree, self.moments, self.busy = tree, 0, False
+        self.tree, self.moments = tree, 0
+        self.findings: list[str] = []
 
     def look(self) -> None:
         self.moments += 1
-        holds(self.tree)
+        self.findings += verify_run(self.tree).findings
 
     def write(self, path: Path, data: Content) -> None:
         self.look()
@@ -120,16 +121,27 @@ class Watched(Disk):
 
 
 def test_a_run_holds_at_every_moment_at_which_it_may_be_killed(lab: Lab) -> None:
-    """Admission, steps, checkpoints, retention; a resume that replays; the end."""
-    settings = {**SHORT, "max_staleness_steps": 1, "max_steps": 6}
-    tree, first = lab.run("a", **settings), lab.trainer()
-    first.disk = disk = Watched(tree)
-    lab.feed(tree, first, 5)
-    second = lab.trainer()  # the first is dropped as a kill would drop it
-    second.disk = disk
-    lab.feed(tree, second, 6)
-    assert status_of(tree).state == "finished" and disk.moments > 100
-    holds(tree)
+    """Admission, steps, checkpoints, retention, the end; a resume that replays, one after a bad batch, one that goes
+    back. Each trainer is dropped as a kill would drop it."""
+    settings = {**SHORT, "max_staleness_steps": 1, "max_steps": 7}
+    tree = lab.run("a", **settings)
+    disk = Watched(tree)
+
+    def goes_on(last: int, change: Any = lambda batch: batch) -> None:
+        trainer = lab.trainer()
+        trainer.disk = disk
+        lab.feed(tree, trainer, last, change)
+
+    goes_on(5)
+    goes_on(6, lambda batch: replace(batch, temperature=0.5))
+    assert (status_of(tree).state, status_of(tree).step) == ("failed", 5)
+    lab.run("a", **settings, resume=True)
+    goes_on(7)
+    assert (status_of(tree).state, stable_steps(tree.checkpoints)) == ("finished", [6, 7])
+    lab.run("a", **settings, resume=True, resume_step=6)
+    goes_on(7)
+    assert (status_of(tree).state, status_of(tree).start_step) == ("finished", 6)
+    assert disk.findings == [] and disk.moments > 150
 
 
 def test_a_run_that_moves_while_we_look_holds(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +157,8 @@ def test_a_run_that_moves_while_we_look_holds(lab: Lab, monkeypatch: pytest.Monk
     monkeypatch.setattr(verify, "read_chain", slowly)
     holds(tree)
     assert status_of(tree).step == 5  # it was looked at twice
-    (tree.broadcast(4) / "adapter_model.safetensors").write_bytes(b"")
-    assert any("step_4/adapter_model" in finding for finding in verify_run(tree).findings)
+    (tree.broadcast(5) / "adapter_model.safetensors").write_bytes(b"")
+    assert any("step_5/adapter_model" in finding for finding in verify_run(tree).findings)
 
 
 def test_the_ends_that_a_run_can_come_to_hold(lab: Lab) -> None:
@@ -208,6 +220,13 @@ def test_a_copied_folder_holds_once_it_is_admitted_under_its_own_name(lab: Lab) 
     }  # fmt: skip
 
 
+def test_a_mixtures_run_holds(tmp_path: Path, moe: BaseModel, moe_model_config: ModelConfig) -> None:
+    lab = Lab(tmp_path, moe, moe_model_config)
+    tree = lab.run("a", max_steps=2)
+    lab.feed(tree, lab.trainer(), 2)
+    assert holds(tree).checked["broadcasts"] == 3
+
+
 # --- forged runs ------------------------------------------------------------------------------------------------------
 
 
@@ -227,13 +246,35 @@ def test_forgeries_of_a_run_with_default_retention_are_found(good: Lab, tmp_path
     assert any(str(named) in finding for finding in findings), findings
 
 
+def test_forgeries_of_a_run_that_went_on_from_a_copy_are_found(lab: Lab, tmp_path: Path) -> None:
+    """Its chain begins at step 4."""
+    trainer, settings = lab.trainer(), {**HISTORY, "max_steps": 10, "resume": True}
+    lab.feed(lab.run("a", max_steps=4, **HISTORY), trainer, 4)
+    for name in ("b", "c"):
+        copy_of(lab, "a", tmp_path / name).root.rename(lab.outputs.run(RunId(name)).root)
+        lab.feed(
+            lab.run(name, seed=ord(name), optimizer=OptimizerConfig(learning_rate=ord(name) / 1e5), **settings),
+            trainer,
+            10,
+        )
+    assert read_chain(lab.outputs.run(RunId("b")))[0].step == 4
+    holds(lab.outputs.run(RunId("b")))
+    for number, forgery in enumerate([*FORGERIES, *OF_KL_RUNS]):
+        if forgery.name in ("optimizer steps of a checkpoint", "reference of a checkpoint"):
+            continue  # counted, and compared, from step 0 on
+        tree = copy_of(lab, "b", tmp_path / str(number))
+        named = forgery.plant(tree, lab.outputs.run(RunId("c")))
+        findings = verify_run(tree).findings
+        assert any(str(named) in finding for finding in findings), (forgery.name, findings)
+
+
 def places(tree: RunTree) -> Iterator[Path]:
     yield from (tree.chain_jsonl, tree.status_json, tree.batch(3) / "STABLE", tree.broadcast(3) / "STABLE")
     yield from (tree.checkpoint(4) / "STABLE", tree.checkpoint(4) / "weight" / "STABLE")
     yield from (tree.checkpoint(4) / "trainer" / "state.json", tree.batch(3) / "batch.json")
 
 
-@pytest.mark.parametrize("garbage", [b"", b"\xff\xfe\n", b"[]\n", b"null\n", b'{"format": 1}\n', b"[" * 10**5 + b"\n"])
+@pytest.mark.parametrize("garbage", [b"\xff\xfe\n", b"[]\n", b'{"format": 1}\n', b"[" * 10**5 + b"\n"])
 def test_garbage_is_found_and_raises_nothing(good: Lab, tmp_path: Path, garbage: bytes) -> None:
     tree = copy_of(good, "a", tmp_path)
     for path in places(tree):
@@ -247,6 +288,28 @@ def test_garbage_is_found_and_raises_nothing(good: Lab, tmp_path: Path, garbage:
         path.rmdir()
         path.write_bytes(whole)
     holds(tree)
+
+
+@pytest.mark.parametrize(("name", "other"), [("a", "b"), ("c", "d")])
+def test_every_file_of_another_run_is_found(good: Lab, tmp_path: Path, name: str, other: str) -> None:
+    """Each in the place of the run's own, under manifests that fit; but for what both have alike, and the report of
+    where step_0 came from, which no hash but its manifest's covers."""
+    tree, source = copy_of(good, name, tmp_path), good.outputs.run(RunId(other)).root
+    for folder in (p for parent in (tree.rollouts, tree.broadcasts, tree.checkpoints) for p in parent.iterdir()):
+        for path in [p for p in folder.rglob("*") if p.is_file() and p.name not in ("STABLE", "report.json")]:
+            whole, foreign = path.read_bytes(), (source / path.relative_to(tree.root)).read_bytes()
+            if whole != foreign:
+                path.write_bytes(foreign)
+                forge_manifests(folder)
+                assert any(str(folder) in finding for finding in verify_run(tree).findings), path
+                path.write_bytes(whole)
+                forge_manifests(folder)
+    holds(tree)
+
+
+def forge_manifests(folder: Path) -> None:
+    for manifest in sorted(folder.rglob("STABLE"), reverse=True):
+        remake(manifest.parent)
 
 
 def test_every_flipped_byte_is_found(good: Lab, tmp_path: Path) -> None:
