@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftwork.config.load import load
-from graftwork.config.schema import InferenceConfig, RlConfig, SftConfig, TrainerConfig
+from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftConfig, SubmitConfig, TrainerConfig
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.programs.processes import end_with_parent
 
@@ -41,6 +42,8 @@ app = typer.Typer(
 
 adapter_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at saved adapters and change them.")
 app.add_typer(adapter_app, name="adapter")
+runs_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(runs_app, name="runs")
 
 File = Annotated[Path, typer.Argument(help="Configuration (TOML). Settings follow it as --key value.")]
 Steps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after this step.")]
@@ -86,9 +89,7 @@ def rl(
     ctx: typer.Context,
     file: File,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    resume_step: Annotated[
-        int | None, typer.Option("--resume-step", min=0, help="Go on from this checkpoint; later ones go to .trash.")
-    ] = None,
+    resume_step: Annotated[int | None, typer.Option(min=0, help="Go on from here; later steps go to .trash.")] = None,
     max_steps: Steps = None,
 ) -> None:
     """Improve an adapter by reinforcement learning: starts inference, trainer and orchestrator, and watches them."""
@@ -97,6 +98,60 @@ def rl(
     from graftwork.programs import rl as program
 
     program.main(config, resume=resume, resume_step=resume_step)
+
+
+@app.command(context_settings=SETTINGS)
+def serve(ctx: typer.Context, file: File) -> None:
+    """Keep a trainer and an inference server up for runs that come and go."""
+    config = load(ServeConfig, _file(file), ctx.args)
+    from graftwork.programs import serve as program
+
+    program.main(config)
+
+
+Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Of the runs: the part after run_ of their folders.")]
+OutputDir = Annotated[str, typer.Option("--output-dir", help="The tree that `graftwork serve` watches.")]
+AnyOutputDir = Annotated[str | None, typer.Option("--output-dir", help="The tree of the runs. Default: outputs.")]
+
+
+@app.command(context_settings=SETTINGS)
+def submit(
+    ctx: typer.Context,
+    file: File,
+    id: Annotated[list[str], typer.Option("--id", help="Of the run. Repeatable: as many runs of the same settings.")],
+    output_dir: AnyOutputDir = None,
+) -> None:
+    """Make runs of FILE's settings for a trainer that is up, and start their orchestrators."""
+    given = [] if output_dir is None else ["--output_dir", output_dir]
+    config = load(SubmitConfig, _file(file), [*given, *ctx.args])
+    from graftwork.programs import submit as program
+
+    program.submit(config, id)
+
+
+@app.command()
+def stop(
+    ids: Ids,
+    output_dir: OutputDir = "outputs",
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until the runs have stopped. 0: do not.")] = 60,
+) -> None:
+    """Have runs checkpointed and their slots given back; `graftwork resume` takes them on."""
+    from graftwork.programs import submit as program
+
+    program.stop(output_dir, ids, wait)
+
+
+@app.command()
+def resume(
+    ids: Ids,
+    output_dir: OutputDir = "outputs",
+    max_steps: Annotated[int | None, typer.Option(min=1, help="A new last step. Default: as it was.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Go back to this checkpoint. Default: the newest.")] = None,
+) -> None:
+    """Take runs on that were stopped, failed, were evicted, or are finished (with a higher --max-steps)."""
+    from graftwork.programs import submit as program
+
+    program.resume(output_dir, ids, max_steps, step)
 
 
 @app.command(context_settings=SETTINGS)
@@ -150,7 +205,7 @@ def _import_options(
 
     names = None if targets is None else tuple(name.strip() for name in targets.split(","))
     choice = Choice(tuple(ignore or ()), adapter)
-    return ImportOptions(base, Wish(rank, alpha, allow_lossy, seed), choice, names)
+    return ImportOptions(base, Wish(rank, alpha, allow_lossy, seed, names), choice)
 
 
 @adapter_app.command(name="inspect")
@@ -219,6 +274,50 @@ def adapter_diff(
 
     found = program.diff(one, other, base, seed)
     print(json.dumps(found) if as_json else "\n".join(diff_lines(found)))
+
+
+@runs_app.callback()
+def runs(
+    ctx: typer.Context,
+    output_dir: OutputDir = "outputs",
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which runs there are, how they do, and why those wait that wait."""
+    ctx.obj = output_dir
+    if ctx.invoked_subcommand is None:
+        from graftwork.programs import runs as program
+
+        program.main(output_dir, watch=watch, as_json=as_json)
+
+
+@runs_app.command(name="export")
+def runs_export(
+    ctx: typer.Context,
+    id: Annotated[str, typer.Argument(metavar="ID")],
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Of the adapter. Default: the newest that is there.")] = None,
+    format: Format = "peft",
+    output_dir: AnyOutputDir = None,
+) -> None:
+    """Write a run's adapter after a step as a PEFT folder."""
+    from graftwork.programs.runs import adapter_of, run_of
+
+    step, folder = adapter_of(run_of(output_dir or ctx.obj, id), step)
+    from graftwork.programs import adapter as program
+
+    print("\n".join([*program.export(folder, out, format), f"run {id}: the adapter after step {step}"]))
+
+
+@runs_app.command(name="verify")
+def runs_verify(ctx: typer.Context, ids: Ids, output_dir: AnyOutputDir = None, as_json: Json = False) -> None:
+    """Recompute what the runs' files must hold, and compare. Exit code 1: something is not as it should be."""
+    from graftwork.programs.runs import run_of, verify_lines
+    from graftwork.programs.verify import verify_run
+
+    found = [asdict(verify_run(run_of(output_dir or ctx.obj, id))) for id in ids]
+    print(json.dumps(found) if as_json else "\n".join(verify_lines(found)))
+    raise typer.Exit(any(report["findings"] for report in found))
 
 
 @app.command()

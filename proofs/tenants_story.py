@@ -100,7 +100,16 @@ class Story:
     @contextmanager
     def serving(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        flags = ["--output_dir", str(self.outputs.root), "--trainer.slots", "2", "--lora.max_rank", "24"]
+        flags = [
+            "--output_dir",
+            str(self.outputs.root),
+            "--trainer.slots",
+            "2",
+            "--trainer.threads",
+            "1",
+            "--lora.max_rank",
+            "24",
+        ]
         command = [sys.executable, "-m", "graftwork", "serve", str(EXAMPLE / "serve.toml"), *flags]
         with (self.folder / "serve.log").open("ab") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

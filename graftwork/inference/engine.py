@@ -3,10 +3,14 @@
 Requests and adapter changes go through one inbox and are taken in order, between two steps of the scheduler. A bad
 request is answered with its error; the worker goes on. Anything unexpected ends the worker: everybody who waits gets an
 EngineFault, and `fault` says what it was.
+
+Slots are a cache, for those who load may die before they unload: an adapter that comes when all are taken gets the slot
+of the least recently used one that no request uses. Who asks for that one hears that it is not loaded, and loads it.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -22,6 +26,8 @@ from graftwork.inference.requests import EngineFault, GenerationRequest, Generat
 from graftwork.inference.scheduler import Counters, Decode, Scheduler
 from graftwork.inference.shelf import Shelf, Shelved, read_adapter
 from graftwork.model.base import BaseModel
+
+log = logging.getLogger("graftwork.inference")
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,9 @@ class Engine:
 
     def load(self, name: str, folder: Path) -> ServedModel:
         """Read, check and hold the adapter in a PEFT folder; blocks. Reading happens on the caller's thread, so that
-        others go on sampling. Raises BadRequest (name taken, no free slot, another digest than the name says),
-        AdapterError, Damaged, EngineFault."""
-        self._shelf.check_free(name)
+        others go on sampling. Raises BadRequest (name taken, no slot that is free or idle, another digest than the name
+        says), AdapterError, Damaged, EngineFault."""
+        self._shelf.check_name(name)
         future: Future[None] = Future()
         shelved = read_adapter(name, folder, self._base.spec, self._base.fingerprint)
         self._post(_Load(shelved, future))
@@ -187,7 +193,7 @@ class Engine:
             if isinstance(command, _Generate):
                 self._begin(command)
             elif isinstance(command, _Load):
-                self._shelf.put(command.shelved)
+                self._put(command.shelved)
                 command.future.set_result(None)
             else:
                 source = self._shelf.withdraw(command.name)
@@ -209,15 +215,33 @@ class Engine:
         served = ", ".join(model.name for model in self.models())
         return UnknownModel(f"model {name!r} is not loaded; loaded: {served}. POST /v1/load_lora_adapter loads one")
 
+    def _put(self, shelved: Shelved) -> None:
+        """Into a free slot, or into that of an adapter that has to go. Raises BadRequest."""
+        self._shelf.check_name(shelved.name)
+        if self._shelf.is_full and (idle := self._shelf.least_used(self._slots_in_use())) is not None:
+            log.info("%s makes room for %s: all %d slots are taken", idle.name, shelved.name, self._shelf.bank.slots)
+            self._shelf.withdraw(idle.name)
+            self._free(idle)
+        self._shelf.put(shelved)
+
+    def _slots_in_use(self) -> set[int]:
+        """By requests that are under way or wait; what is still in the inbox came after the command that asks."""
+        return {job.source.slot for job in self._scheduler.jobs}
+
     def _free_slots(self) -> None:
         """Free the slots of withdrawn adapters that no request uses any more."""
         if not self._leaving:
             return
-        in_use = {job.source.slot for job in self._scheduler.jobs}
+        in_use = self._slots_in_use()
         for source, future in [pair for pair in self._leaving if pair[0].slot not in in_use]:
-            self._shelf.free(source)
+            self._free(source)
             self._leaving.remove((source, future))
             future.set_result(None)
+
+    def _free(self, source: Source) -> None:
+        """Leave nothing of an adapter that was withdrawn and that no request uses: neither weights nor a prefix."""
+        self._scheduler.forget(source.slot)
+        self._shelf.free(source)
 
     def _end(self, reason: str) -> None:
         """Nobody is left waiting."""

@@ -90,6 +90,11 @@ class Scheduler:
         self.lanes = Lanes(self.max_sequences)
         self.cache.clear()
 
+    def forget(self, slot: int) -> None:
+        """Drop what was computed with the adapter in a slot, which no job uses: another may come into it."""
+        if self._prefix is not None and self._prefix[0].source.slot == slot:
+            self._prefix = None
+
     # --- admission --------------------------------------------------------------------------------------------------
 
     def _should_admit(self) -> bool:

@@ -21,18 +21,24 @@ from graftwork.inference.requests import BadRequest, EngineFault, GenerationResu
 GONE_POLL_SECONDS = 0.5  # how often a request that waits looks whether its client is still there
 CLIENT_GONE = 499
 
+
+class ClientGone(EngineFault):
+    """Nobody waits for the answer any more."""
+
+
+class Ending(EngineFault):
+    """The server was told to end, and the time that it gives to what is under way is over."""
+
+
 STATUS: tuple[tuple[type[GraftworkError], int, str], ...] = (
     (UnknownModel, 404, "NotFoundError"),
     (BadRequest, 400, "BadRequestError"),
     (AdapterError, 400, "BadRequestError"),
     (StoreError, 400, "BadRequestError"),
     (ConfigError, 400, "BadRequestError"),  # of the chat template: it refuses these messages
+    (Ending, 503, "ServiceUnavailableError"),
     (GraftworkError, 500, "InternalServerError"),
 )
-
-
-class ClientGone(EngineFault):
-    """Nobody waits for the answer any more."""
 
 
 def build_app(engine: Engine, tokenizer: api.Tokenizer) -> FastAPI:
@@ -91,6 +97,8 @@ async def _answered(future: Future[GenerationResult], request: Request) -> Gener
             if await request.is_disconnected():
                 raise ClientGone("the client is gone")
         return answer.result()
+    except asyncio.CancelledError:
+        raise Ending("the server is about to end; ask again when it was started again") from None
     finally:
         answer.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,41 +81,60 @@ class Shelf:
         self.bank = bank
         self.base = Source(base_name, -1, 0.0, None)
         self.entries: dict[str, tuple[Source, Path]] = {}
+        """In the order of loading."""
+        self._by_use: list[str] = []
+        """Names of the entries; what was loaded or asked for last comes last."""
 
-    def check_free(self, name: str) -> int:
-        """The slot that an adapter of this name could take. Raises BadRequest."""
+    def check_name(self, name: str) -> None:
+        """Raises BadRequest if the name is taken."""
         if name == self.base.name or name in self.entries:
             raise BadRequest(
                 f"{name} is loaded already, and what a name stands for does not change; unload it or use another name",
                 "lora_name",
             )
+
+    @property
+    def is_full(self) -> bool:
+        return self.bank.free_slot() is None
+
+    def put(self, shelved: Shelved) -> None:
+        """The name must be free. Raises BadRequest when no slot is."""
         slot = self.bank.free_slot()
         if slot is None:
             held = ", ".join(self.entries) or "adapters that are being unloaded"
             raise BadRequest(
-                f"all {self.bank.slots} adapter slots are taken: {held}. Unload one, or raise inference.max_adapters",
+                f"all {self.bank.slots} adapter slots are taken: {held}, and requests use every one. Try again when one"
+                " has ended, or raise inference.max_adapters",
                 "lora_name",
             )
-        return slot
-
-    def put(self, shelved: Shelved) -> None:
-        """Raises BadRequest: the name is taken, or no slot is free."""
-        slot = self.check_free(shelved.name)
         self.bank.write(slot, shelved.prepared)
         source = Source(shelved.name, slot, self.bank.holding(slot).scale, shelved.digest)
         self.entries = {**self.entries, shelved.name: (source, shelved.folder)}
+        self._by_use.append(shelved.name)
+
+    def least_used(self, in_use: Container[int]) -> Source | None:
+        """Of the adapters whose slots are not `in_use`, the one that was loaded or asked for the longest time ago."""
+        by_use = (self.entries[name][0] for name in self._by_use)
+        return next((source for source in by_use if source.slot not in in_use), None)
 
     def find(self, name: str) -> Source | None:
-        """What answers to `name`: an adapter, the bare base, or nothing."""
+        """What answers a request for `name`: an adapter, which counts as used now, the bare base, or nothing."""
         if name == self.base.name:
             return self.base
-        return self.entries[name][0] if name in self.entries else None
+        if name not in self.entries:
+            return None
+        self._by_use.remove(name)
+        self._by_use.append(name)
+        return self.entries[name][0]
 
     def withdraw(self, name: str) -> Source | None:
         """Take the name away; the slot stays taken until `free`."""
-        entry = self.entries.get(name)
+        if name not in self.entries:
+            return None
+        source, _ = self.entries[name]
         self.entries = {other: entry for other, entry in self.entries.items() if other != name}
-        return entry[0] if entry else None
+        self._by_use.remove(name)
+        return source
 
     def free(self, source: Source) -> None:
         self.bank.reset(source.slot)

@@ -16,7 +16,7 @@ import uvicorn
 from graftwork.config.schema import InferenceConfig, InferenceSection, LoraConfig, ModelConfig
 from graftwork.errors import ConfigError
 from graftwork.inference.engine import Engine
-from graftwork.inference.requests import GenerationRequest
+from graftwork.inference.requests import EngineFault, GenerationRequest
 from graftwork.inference.server import build_app
 from graftwork.model.base import load_base
 from graftwork.rollouts.chat import ChatTokenizer
@@ -28,7 +28,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(config: InferenceConfig) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ConfigError (port, tokenizer) and ModelError."""
+    """Serve until SIGTERM or SIGINT. Raises ConfigError (port, tokenizer), ModelError, and EngineFault when the engine
+    broke: a server that can only say so is of no use, and whoever started it can start another."""
     listener = listen(config.host, config.port)
     url = url_of(config.host, listener)
     tokenizer = ChatTokenizer.load(config.model.path)
@@ -41,6 +42,8 @@ def main(config: InferenceConfig) -> None:
             print(f"inference: serving {engine.base_name} on {url}", flush=True)
 
         Server(engine, tokenizer, announce).run([listener])
+        if engine.fault is not None:
+            raise EngineFault(engine.fault)
 
 
 def build_engine(model: ModelConfig, lora: LoraConfig, section: InferenceSection, tokenizer: ChatTokenizer) -> Engine:
@@ -83,7 +86,8 @@ def url_of(host: str, listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with two changes: it says when it listens, and a signal ends it instead of killing it afterwards."""
+    """uvicorn, with three changes: it says when it listens, a signal ends it instead of killing it afterwards, and so
+    does a fault of the engine."""
 
     def __init__(self, engine: Engine, tokenizer: ChatTokenizer, announce: Callable[[], None]) -> None:
         super().__init__(
@@ -92,7 +96,10 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )  # fmt: skip
-        self._announce = announce
+        self._announce, self._engine = announce, engine
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._engine.fault is not None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -4,9 +4,11 @@
     then, until the trainer says finished:
         find the next batch that is not there, wait for the version that it is sampled from, load that version into
         inference, play the batch, publish it
+    at the end, however it comes: unload the run's versions from inference
 
 It holds no state that a restart could lose: what to do next follows from status.json and from the batches on disk. So
-a restart, a resume, and a batch that was set aside as stale are one and the same case. Torch is never imported.
+a restart, a resume, and a batch that was set aside as stale are one and the same case. Nor does inference: a server
+that goes away is waited for, gets the version again, and plays the batch from its start. Torch is never imported.
 """
 
 from __future__ import annotations
@@ -15,42 +17,65 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
-from graftwork.config.load import build, digest, parse_toml
-from graftwork.config.schema import AdapterConfig, RunConfig
-from graftwork.errors import BadRunId, ConfigError, InferenceError, ProgramFailed, RunError
-from graftwork.programs.processes import PARENT_VARIABLE
+from graftwork.config.load import digest
+from graftwork.config.schema import RunConfig
+from graftwork.errors import BadRunId, ConfigError, InferenceError, Refused, RunError, ServerGone
+from graftwork.programs.orch_toml import asks_to_stop, read_orch_toml
+from graftwork.programs.warm_start import warm_start
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.client import InferenceClient
 from graftwork.rollouts.collect import Collected, Request, Source, collect
 from graftwork.rollouts.environment import Environment, load_environment
-from graftwork.store.disk import Disk, is_stable, json_line, read_json, read_lines
-from graftwork.store.layout import RunTree, stable_steps
+from graftwork.store.disk import Disk, is_stable, json_line, read_lines
+from graftwork.store.layout import RunTree
 from graftwork.store.queue import Batch, Published, SampledVersion, parse_version_name, publish_batch, read_version
 from graftwork.store.status import Status, read_status
 
 log = logging.getLogger("graftwork.orchestrator")
 
 POLL_SECONDS = 0.02
+POLL_GROWTH = 1.25
+STEP_POLL_SECONDS_MAX = 0.2
+ADMISSION_POLL_SECONDS_MAX = 0.5
+"""Pauses between two looks grow from POLL_SECONDS to these: many orchestrators that wait must cost little."""
+LOOK_SECONDS = 0.5
+"""How often a batch in the making looks whether its run goes on."""
 INFERENCE_START_SECONDS = 300.0
-"""How long the inference server may take to come up. Once it was there, its silence is an error at once."""
+"""How long the inference server may take to come up, at the start and after it went away."""
+LOSSES_MAX = 10
+"""A batch that lost the server this often is given up: it may be what brings the server down."""
+REFUSALS_MAX = 3
+REFUSED_PAUSE_SECONDS = 1.0
+"""A batch that was refused this often in a row is an error. The pauses in between grow by this: the server may be about
+to notice that another run does not need its place any more."""
+LEAVE_SECONDS = 3.0
+"""Longest wait for inference at the end; what it was told to unload, it unloads in its own time."""
 SETTLED_SECONDS = 5.0
 """A status.json of this age is not about to change: what it asks for is really missing."""
-ENDED = ("failed", "evicted", "stopped")
+
+T = TypeVar("T")
+
+
+class RunStopped(Exception):
+    """`graftwork stop` ended the run: no error, so outside the error tree."""
 
 
 def main(run_dir: Path) -> None:
-    """Sample for the run in `run_dir` until it is finished, or until SIGTERM. Raises GraftworkError.
+    """Sample for the run in `run_dir` until it is finished or stopped, or until SIGTERM. Raises GraftworkError.
 
     What it does is logged (one line a step); the command line decides where to.
     """
     try:
         asyncio.run(_main(run_dir))
+    except RunStopped as stop:
+        log.info("%s", stop)
     except asyncio.CancelledError:
         log.info("%s: stopped by SIGTERM; batches that are published stay", run_dir)
 
@@ -61,6 +86,10 @@ async def _main(run_dir: Path) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     tree, disk = RunTree.at(run_dir), Disk()
     config, orch_digest = read_orch_toml(tree)
+    if config.stop:
+        raise ConfigError(
+            f"run {tree.id}: {tree.orch_toml} says stop = true: the run was stopped; `graftwork resume` goes on with it"
+        )
     claim = disk.claim(tree.orchestrator_lock, f"the orchestrator of run {tree.id}")
     try:
         environment = load_environment(config.environment.name, config.environment.options)
@@ -72,83 +101,27 @@ async def _main(run_dir: Path) -> None:
         claim.release()
 
 
-def read_orch_toml(tree: RunTree) -> tuple[RunConfig, str]:
-    """The run's configuration, and the digest that names this state of the file. Raises ConfigError."""
+@dataclass
+class Pauses:
+    """Pauses that grow while something does not come. By a quarter: it is seen at most a quarter of the wait late."""
+
+    longest_seconds: float
+    seconds: float = POLL_SECONDS
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self.seconds)
+        self.seconds = min(self.seconds * POLL_GROWTH, self.longest_seconds)
+
+
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Another one when the file was replaced; None where it cannot be opened. Opened it is because a network file
+    system may answer a bare stat from its cache."""
     try:
-        data = tree.orch_toml.read_bytes()
-        text = data.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run {tree.id}: cannot read {tree.orch_toml}: {error}") from None
-    return build(RunConfig, parse_toml(text, str(tree.orch_toml)), source=str(tree.orch_toml)), digest(data)
-
-
-async def warm_start(tree: RunTree, config: RunConfig) -> None:
-    """Make step_0 from the run's init_adapter_path, unless the run resumes or has a checkpoint already.
-
-    The converter is a process of its own, as it needs torch. Raises ConfigError when there is no such adapter,
-    ProgramFailed, with the converter's words, when it refuses the adapter.
-    """
-    adapter = config.init_adapter_path
-    if adapter is None or config.resume:
-        return
-    if steps := stable_steps(tree.checkpoints):
-        refuse_another_source(tree, adapter, config.adapter, steps)
-        return
-    if not Path(adapter).is_dir():
-        raise ConfigError(f"run {tree.id}: init_adapter_path = {adapter!r} is no folder; the run does not start")
-    command = (sys.executable, "-m", "graftwork", "convert", *import_flags(config), adapter, str(tree.root))
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, PARENT_VARIABLE: str(os.getpid())},  # it ends with us
-    )
-    try:
-        out, err = (part.decode(errors="replace").strip() for part in await process.communicate())
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
-    if process.returncode != 0:
-        raise ProgramFailed(
-            f"run {tree.id}: `{' '.join(command[2:])}` refused adapter {adapter} (exit code {process.returncode});"
-            f" the run does not start. It said:\n{err or out}"
-        )
-    for line in out.splitlines():
-        log.info("run %s: convert: %s", tree.id, line)
-
-
-def import_flags(config: RunConfig) -> list[str]:
-    """What the run wants of its starting adapter, as options of `graftwork convert`."""
-    wish = config.adapter
-    flags = ["--seed", str(config.seed)]
-    flags += [] if wish.rank is None else ["--rank", str(wish.rank)]
-    flags += [] if wish.alpha is None else ["--alpha", repr(wish.alpha)]
-    flags += ["--allow-lossy"] if wish.allow_lossy else []
-    flags += [] if wish.adapter_name is None else ["--adapter", wish.adapter_name]
-    return [*flags, *(part for name in wish.ignore for part in ("--ignore", name))]
-
-
-def refuse_another_source(tree: RunTree, adapter: str, wish: AdapterConfig, steps: list[int]) -> None:
-    """A step_0 of another adapter than the configuration names, or imported otherwise, must not be taken for it. Raises
-    ConfigError."""
-    path = tree.checkpoint(0) / "report.json"
-    if steps != [0] or not path.is_file():
-        return
-    report = read_json(path, "import report")
-    asked = {"adapter_name": wish.adapter_name, "ignore": list(wish.ignore), "allow_lossy": wish.allow_lossy}
-    if report.get("asked") not in (None, asked):
-        raise ConfigError(
-            f"run {tree.id}: {tree.checkpoint(0)} was imported with {report['asked']}, [adapter] says {asked}; move "
-            f"{tree.checkpoints} away to import again, or set these as they were"
-        )
-    source = report.get("source")
-    if source is not None and Path(source).absolute() != Path(adapter).absolute():
-        raise ConfigError(
-            f"run {tree.id}: {tree.checkpoint(0)} was made from {source}, init_adapter_path says {adapter}; "
-            f"move {tree.checkpoints} away to start from the latter, or drop the setting to start from the former"
-        )
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size, about.st_ino
 
 
 @dataclass
@@ -164,32 +137,35 @@ class Orchestrator:
     client: InferenceClient
     last_step: int = 0
     """Newest batch that is published or was consumed."""
+    _status: Status | None = field(default=None, init=False)
+    _status_stamp: tuple[int, int, int] | None = field(default=None, init=False)
 
     async def run(self) -> None:
-        """Until the trainer says finished. Raises GraftworkError with the reason when the run or the server ends."""
+        """Until the trainer says finished. Raises RunStopped, or GraftworkError with the reason when the run or the
+        server ends."""
         status = await self.wait_until_admitted()
         if status.state == "finished":
             log.info("run %s: finished already, at step %d", self.tree.id, status.step or 0)
             return
         log.info("run %s: admitted at step %d; sampling at %s", self.tree.id, status.start_step or 0, self.client.url)
-        await self.client.wait_ready(INFERENCE_START_SECONDS)
-        self.client.send_seed = not await self.client.is_vllm()
         self.disk.sweep(self.tree.rollouts)
         self.last_step = max(status.start_step or 0, status.step or 0)
         self.skip_published()
         self.disk.cut_log(self.tree.samples_jsonl, self.last_step)
-        await self.sample_until_finished()
+        try:
+            await self.sample_until_finished()
+        finally:
+            await self.leave_inference()
         log.info("run %s: finished at step %d", self.tree.id, self.config.max_steps)
 
     # --- what the trainer says --------------------------------------------------------------------------------------
 
     async def wait_until_admitted(self) -> Status:
         """The first status "active" or "finished" that the trainer gave this orch.toml."""
-        said = ""
+        said, pauses = "", Pauses(ADMISSION_POLL_SECONDS_MAX)
         while True:
-            if not self.tree.orch_toml.exists() or digest(self.tree.orch_toml.read_bytes()) != self.orch_digest:
-                raise ConfigError(f"run {self.tree.id}: {self.tree.orch_toml} changed or went away; start again")
-            status = read_status(self.tree)
+            self.refuse_changed_orch_toml()
+            status = self.status()
             if status is not None and status.is_of(self.tree.id, self.orch_digest):
                 self.refuse_ended(status)
                 if status.state in ("active", "finished"):
@@ -198,37 +174,79 @@ class Orchestrator:
             if now != said:
                 log.info("run %s: waiting to be admitted by the trainer (%s)", self.tree.id, now)
                 said = now
-            await asyncio.sleep(POLL_SECONDS)
+            await pauses.pause()
 
     def look(self) -> Status:
-        """The status now. Raises RunError, with the reason, when the run has ended otherwise than well."""
-        if not self.tree.root.is_dir():
-            raise RunError(f"run {self.tree.id}: {self.tree.root} is gone; the run was removed")
-        status = read_status(self.tree)
+        """The status now. Raises RunStopped, or RunError with the reason, when the run has ended, but not well."""
+        self.refuse_removed()
+        status = self.status()
         if status is None:
             raise RunError(f"run {self.tree.id}: {self.tree.status_json} is gone; start again once the trainer runs")
+        if status.run == str(self.tree.id) and status.state == "stopped":
+            self.refuse_ended(status)  # it is about the orch.toml that asks to stop, so not about ours
         if not status.is_of(self.tree.id, self.orch_digest):
-            raise ConfigError(f"run {self.tree.id}: {self.tree.orch_toml} changed under this orchestrator; start again")
+            raise self.changed()
         self.refuse_ended(status)
         return status
 
+    def status(self) -> Status | None:
+        """What the trainer wrote last; parsed when the file has changed, not at every look."""
+        now = stamp(self.tree.status_json)
+        if now is None or now != self._status_stamp:
+            self._status, self._status_stamp = read_status(self.tree), now
+        return self._status
+
+    def refuse_removed(self) -> None:
+        if not self.tree.root.is_dir():
+            raise RunError(f"run {self.tree.id}: {self.tree.root} is gone; the run was removed")
+
+    def refuse_changed_orch_toml(self) -> None:
+        self.refuse_removed()
+        try:
+            if digest(self.tree.orch_toml.read_bytes()) == self.orch_digest:
+                return
+        except OSError:
+            pass
+        raise self.changed()
+
+    def changed(self) -> Exception:
+        """What an orch.toml that is not the one of this orchestrator ends it with."""
+        if asks_to_stop(self.tree):
+            return RunStopped(f"run {self.tree.id}: stopped, as its orch.toml asks")
+        return ConfigError(f"run {self.tree.id}: {self.tree.orch_toml} changed under this orchestrator; start again")
+
     def refuse_ended(self, status: Status) -> None:
-        if status.state in ENDED:
+        if status.state == "stopped":
+            raise RunStopped(f"run {self.tree.id}: stopped at step {status.step or 0}; `graftwork resume` goes on")
+        if status.state in ("failed", "evicted"):
             raise RunError(
                 f"run {self.tree.id} {status.state} at step {status.step or 0}: {status.reason or 'no reason given'}"
                 f" (says {self.tree.status_json})"
             )
 
+    async def attended(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns or raises. When the run ends meanwhile, `work` is given up and that is raised."""
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=LOOK_SECONDS))[0]:
+                self.look()
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     # --- which batch, from which version ----------------------------------------------------------------------------
 
     async def sample_until_finished(self) -> None:
+        pauses = Pauses(STEP_POLL_SECONDS_MAX)
         while (status := self.look()).state != "finished":
             step = self.step_to_sample(status)
             published = None if step is None else self.version_for(step, status)
             if step is None or published is None:
-                await asyncio.sleep(POLL_SECONDS)
+                await pauses.pause()
             else:
                 await self.sample(step, published)
+                pauses = Pauses(STEP_POLL_SECONDS_MAX)
 
     def step_to_sample(self, status: Status) -> int | None:
         """The batch to make now; None when all are made. A batch that the trainer set aside is made again."""
@@ -270,10 +288,7 @@ class Orchestrator:
     async def sample(self, step: int, published: Published) -> None:
         """Make batch `step` from a version, and publish it."""
         version = published.version
-        await self.serve(published)
-        request = Request.of_batch(str(self.tree.id), self.config.seed, step, self.config.sampling)
-        source = Source(version.name, version.digest)
-        collected = await collect(self.environment, self.tokenizer, self.client, source, request)
+        collected = await self.attended(self.play(step, published))
         batch = Batch(
             run=self.tree.id,
             step=step,
@@ -292,21 +307,73 @@ class Orchestrator:
             version.name, collected.mean_reward, len(collected.rollouts), collected.failed, collected.sampled_tokens,
         )  # fmt: skip
 
+    async def play(self, step: int, published: Published) -> Collected:
+        """The rollouts of batch `step`, all of them from one server.
+
+        A server that goes away is waited for. Nothing of what it had sampled is kept: requests are keyed by their
+        seeds, so the batch that is begun again is the same batch.
+        """
+        version = published.version
+        request = Request.of_batch(str(self.tree.id), self.config.seed, step, self.config.sampling)
+        losses = refusals = 0
+        while True:
+            try:
+                await self.serve(published)
+                source = Source(version.name, version.digest)
+                return await collect(self.environment, self.tokenizer, self.client, source, request)
+            except Refused as error:  # most often: it was started again, or gave the adapter's place to another run
+                refusals += 1
+                if refusals == REFUSALS_MAX:
+                    raise
+                log.warning("run %s: batch %d is begun again: %s", self.tree.id, step, error)
+                await asyncio.sleep(refusals * REFUSED_PAUSE_SECONDS)
+            except InferenceError as error:
+                losses, refusals = losses + 1, 0
+                if losses == LOSSES_MAX:
+                    raise
+                await self.wait_for_inference(error)
+
+    async def wait_for_inference(self, error: InferenceError) -> None:
+        """Until a server that went away with `error` is well. Raises `error` if it was well all the time, ServerGone
+        if it does not come back."""
+        if not isinstance(error, ServerGone) and await self.client.is_well():
+            raise error
+        log.warning("run %s: %s; waiting up to %g seconds for inference", self.tree.id, error, INFERENCE_START_SECONDS)
+        try:
+            await self.client.wait_ready(INFERENCE_START_SECONDS)
+        except InferenceError as last:
+            raise ServerGone(
+                f"{error}. It was not well again within {INFERENCE_START_SECONDS:g} seconds (last: {last}); resume the"
+                " run once it is"
+            ) from None
+        log.info("run %s: %s is well", self.tree.id, self.client.url)
+
     async def serve(self, published: Published) -> None:
         """Have inference hold this version of the run and no other. Nothing is in flight between two batches."""
         version = published.version
-        served = await self.client.served_models()
-        for name in served:
-            if name != version.name and self.is_ours(name):
-                await self.client.unload_adapter(name)
-        if version.name in served:
+        if version.name in await self.unload_all_but(version.name):
             return
         await self.client.load_adapter(version, published.path)
         if version.name not in await self.client.served_models():
-            raise InferenceError(
+            raise Refused(
                 f"run {self.tree.id}: {self.client.url} said that it loaded {version.name} from {published.path}, but"
                 " does not serve it; nothing was sampled"
             )
+
+    async def unload_all_but(self, kept: str | None) -> list[str]:
+        """Unload this run's versions, but `kept`. Returns what was served before."""
+        served = await self.client.served_models()
+        for name in served:
+            if name != kept and self.is_ours(name):
+                await self.client.unload_adapter(name)
+        return served
+
+    async def leave_inference(self) -> None:
+        """Let a server that is there go of the run's versions: it may outlive this orchestrator by far."""
+        try:
+            await asyncio.wait_for(self.unload_all_but(None), LEAVE_SECONDS)
+        except (InferenceError, TimeoutError) as error:
+            log.info("run %s: its versions may still be in inference: %s", self.tree.id, str(error) or "no answer")
 
     def is_ours(self, model: str) -> bool:
         try:

@@ -1,6 +1,6 @@
-"""Child processes: start them with a log, notice how they end, end them in order, let none outlive its parent.
+"""Processes: children with a log that end in order and never outlive their parent; and detached ones that do.
 
-Three protections, because a stray trainer holds the lock of its outputs:
+Three protections of children, because a stray trainer holds the lock of its outputs:
 - `Programs` is a context manager: whatever happens inside, the children are ended (SIGTERM, then SIGKILL).
 - Each child is told who its parent is (`GRAFTWORK_PARENT_PID`). On Linux it asks the kernel for SIGKILL when that
   parent dies (prctl PR_SET_PDEATHSIG), which holds for `kill -9` of the parent too; elsewhere a thread looks.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,8 @@ from types import FrameType
 
 from graftwork.errors import ProgramFailed
 
+COMMAND = (sys.executable, "-m", "graftwork")
+"""Starts the command line. Tests hand in programs of their own."""
 PARENT_VARIABLE = "GRAFTWORK_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 PARENT_LOOK_SECONDS = 0.5
@@ -139,9 +141,31 @@ def open_log(path: Path, title: str) -> tuple[int, int]:
     return descriptor, start
 
 
+def start_detached(command: Sequence[str], name: str, argument: Path, log: Path) -> int:
+    """Start `graftwork <name> <argument>` to live on after this process, its output appended to `log`; its pid."""
+    descriptor, _ = open_log(log, f"graftwork {name} {argument}")
+    environment = {key: value for key, value in os.environ.items() if key != PARENT_VARIABLE}
+    return _spawn([*command, name, str(argument)], descriptor, environment).pid
+
+
+def _spawn(command: Sequence[str], descriptor: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, with stdout and stderr going to `descriptor`, which is closed here."""
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            env={**environment, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+    finally:
+        os.close(descriptor)
+
+
 @dataclass
 class Programs:
-    """The children of one `graftwork rl`. Leaving the `with` ends them: orchestrator, trainer, inference."""
+    """The children of one `rl` or `serve`. Leaving the `with` ends them: orchestrator, trainer, inference."""
 
     logs: Path
     command: Sequence[str]
@@ -163,18 +187,8 @@ class Programs:
         """Start `graftwork <name> <argument>` with stdout and stderr going to logs/<name>.log."""
         log = self.logs / f"{name}.log"
         descriptor, log_start = open_log(log, f"graftwork {name} {argument}")
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-        try:
-            process = subprocess.Popen(
-                [*self.command, name, str(argument)],
-                stdin=subprocess.DEVNULL,
-                stdout=descriptor,
-                stderr=descriptor,
-                env=environment,
-                start_new_session=True,
-            )
-        finally:
-            os.close(descriptor)
+        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+        process = _spawn([*self.command, name, str(argument)], descriptor, environment)
         self.started[name] = Program(name, process, log, log_start)
         return self.started[name]
 
@@ -206,7 +220,7 @@ class Programs:
 
 
 class Interrupted(Exception):
-    """A signal asked `graftwork rl` to stop: no error, so outside the error tree."""
+    """A signal asked `graftwork rl` or `serve` to stop: no error, so outside the error tree."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

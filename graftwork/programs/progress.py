@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from graftwork.programs.start import status_of
+from graftwork.programs.orch_toml import status_of
 from graftwork.store.disk import read_lines
 from graftwork.store.layout import RunTree
 from graftwork.store.status import Status

@@ -34,12 +34,12 @@ def last_lines(start: Start, seconds: float) -> list[str]:
     """`seconds`: since the command began."""
     tree = start.tree
     lines = ["", f"run {tree.id}: {_summary(read_lines(tree.metrics_jsonl))} ({clock(seconds)})"]
-    lines += [f"  {_shown(tree.root / name)}  {meaning}" for name, meaning in FILES.items()]
+    lines += [f"  {shown(tree.root / name)}  {meaning}" for name, meaning in FILES.items()]
     steps = [step for step in stable_steps(tree.checkpoints) if (tree.checkpoint(step) / "weight").is_dir()]
     if not steps:
         return lines
     weight = tree.checkpoint(steps[-1]) / "weight"
-    lines += [f"  {_shown(weight)}  the adapter after step {steps[-1]} (PEFT)", *_how_to_use(start, weight)]
+    lines += [f"  {shown(weight)}  the adapter after step {steps[-1]} (PEFT)", *_how_to_use(start, weight)]
     return [*lines, "go on training:", "  the same command with --resume --max-steps N"]
 
 
@@ -74,7 +74,7 @@ def _how_to_use(start: Start, weight: Path) -> list[str]:
     ]
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """Relative to the working directory when it lies below it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

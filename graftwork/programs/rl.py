@@ -14,21 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.config.schema import RlConfig
-from graftwork.errors import Damaged, ProgramFailed
-from graftwork.programs.processes import Interrupted, Programs, noted_signals
+from graftwork.errors import ProgramFailed
+from graftwork.programs.orch_toml import publish_orch_toml
+from graftwork.programs.processes import COMMAND, Interrupted, Programs, noted_signals
 from graftwork.programs.progress import ProgressView, RunWatch
 from graftwork.programs.report import draw, last_lines, what_next
-from graftwork.programs.start import (
-    Start,
-    refuse_what_cannot_work,
-    write_inference_toml,
-    write_orch_toml,
-    write_trainer_toml,
-)
-from graftwork.store.disk import read_json
+from graftwork.programs.start import Start, refuse_what_cannot_work, said_by, write_inference_toml, write_trainer_toml
 from graftwork.store.status import TERMINAL
 
-COMMAND = (sys.executable, "-m", "graftwork")
 POLL_SECONDS = 0.1
 LAST_STATUS_SECONDS = 60.0
 """After the trainer has ended well: time for the orchestrator to read the last status and end too."""
@@ -44,13 +37,13 @@ def main(config: RlConfig, *, resume: bool, resume_step: int | None, command: Se
     began = time.monotonic()
     try:
         with noted_signals() as signals, Programs(start.outputs.logs, command, signals) as programs:
-            programs.start("inference", write_inference_toml(start))
+            programs.start("inference", write_inference_toml(start.disk, start.outputs, start.config))
             if start.settled():  # the trainer can load its base meanwhile: it finds nothing to do yet
-                programs.start("trainer", write_trainer_toml(start))
+                start_trainer(start, programs)
             url = wait_for_inference(start, programs)
-            watched = RunWatch(start.tree, write_orch_toml(start, url))
+            watched = RunWatch(start.tree, publish_orch_toml(start.disk, start.tree, start.run_config(url)))
             if "trainer" not in programs.started:
-                programs.start("trainer", write_trainer_toml(start))
+                start_trainer(start, programs)
             wait_for_trainer(start, programs)
             programs.start("orchestrator", start.tree.root)
             watch(programs, watched, start.config.run.max_steps)
@@ -64,6 +57,11 @@ def main(config: RlConfig, *, resume: bool, resume_step: int | None, command: Se
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def start_trainer(start: Start, programs: Programs) -> None:
+    settings = write_trainer_toml(start.disk, start.outputs, start.config, exit_when_done=True)
+    programs.start("trainer", settings)
 
 
 def wait_for_inference(start: Start, programs: Programs) -> str:
@@ -81,12 +79,8 @@ def _wait_for_own(path: Path, name: str, programs: Programs) -> dict[str, Any]:
     """The JSON in `path`, once the program `name` has written it: one of an earlier start names another pid."""
     while True:
         programs.check()
-        try:
-            found = read_json(path, f"what the {name} says of itself")
-        except Damaged:
-            found = {}
-        if found.get("pid") == programs.started[name].process.pid:
-            return dict(found)
+        if found := said_by(path, programs.started[name].process.pid):
+            return found
         time.sleep(POLL_SECONDS)
 
 

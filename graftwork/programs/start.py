@@ -1,16 +1,35 @@
-"""One start of `graftwork rl`: what it was asked to do, what it refuses, what it writes for the programs."""
+"""What a start needs: absolute paths, refusals, the files that the programs are given and those that they answer with.
+
+`Start` is one start of `graftwork rl`; the functions below it serve the commands of the hosted form as well.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from graftwork.config.load import build, digest, dump
-from graftwork.config.schema import InferenceConfig, RlConfig, RunConfig, TrainerConfig
-from graftwork.errors import CannotResume, ConfigError, Damaged
-from graftwork.store.disk import Disk, is_stable
+from pydantic import TypeAdapter, ValidationError
+
+from graftwork.config.load import build, dump
+from graftwork.config.schema import InferenceConfig, ModelConfig, RlConfig, RunConfig, ServeConfig, TrainerConfig
+from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
+from graftwork.programs.orch_toml import is_settled, status_of
+from graftwork.store.disk import Disk, is_stable, read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
-from graftwork.store.status import TERMINAL, Status, read_status
+
+C = TypeVar("C", RlConfig, ServeConfig)
+
+
+@dataclass(frozen=True)
+class Served:
+    """serve.json: who serves which base where. It stays when the server ends; the next one replaces it."""
+
+    pid: int
+    inference_url: str
+    model: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -27,18 +46,16 @@ class Start:
         """The flags win over the file; a step to resume from implies resume. Raises BadRunId."""
         step = config.run.resume_step if resume_step is None else resume_step
         resume = resume or config.run.resume or step is not None
-        init = _absolute(config.run.init_adapter_path)
+        config = absolute(config)
+        init = absolute_path(config.run.init_adapter_path)
         run = config.run.model_copy(update={"resume": resume, "resume_step": step, "init_adapter_path": init})
-        trainer = config.trainer.model_copy(update={"init_adapter_path": _absolute(config.trainer.init_adapter_path)})
-        base = config.model.path  # a hub id stays what it is
-        model = config.model.model_copy(update={"path": _absolute(base) if Path(base).is_dir() else base})
-        outputs = OutputTree(Path(config.output_dir).absolute())
-        changes = {"run": run, "trainer": trainer, "model": model, "output_dir": str(outputs.root)}
-        return Start(Disk(), config.model_copy(update=changes), outputs, outputs.run(RunId.parse(run.id)))
+        outputs = OutputTree(Path(config.output_dir))
+        config = config.model_copy(update={"run": run})
+        return Start(Disk(), config, outputs, outputs.run(RunId.parse(run.id)))
 
     @property
     def ready_file(self) -> Path:
-        return self.outputs.logs / "inference.json"
+        return ready_file(self.outputs)
 
     def run_config(self, inference_url: str) -> RunConfig:
         """control/orch.toml."""
@@ -51,24 +68,21 @@ class Start:
         return not self.tree.orch_toml.exists() or is_settled(self.tree)
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute(config: C) -> C:
+    """The same with absolute paths: the programs may run anywhere."""
+    init = absolute_path(config.trainer.init_adapter_path)
+    trainer = config.trainer.model_copy(update={"init_adapter_path": init})
+    model, output_dir = absolute_model(config.model), absolute_path(config.output_dir)
+    return config.model_copy(update={"trainer": trainer, "model": model, "output_dir": output_dir})
+
+
+def absolute_model(model: ModelConfig) -> ModelConfig:
+    """A hub id stays what it is."""
+    return model.model_copy(update={"path": absolute_path(model.path)}) if Path(model.path).is_dir() else model
+
+
+def absolute_path(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
-
-
-def is_settled(tree: RunTree) -> bool:
-    """Whether the run ended under the orch.toml that is there now."""
-    status = status_of(tree)
-    if status is None or status.state not in TERMINAL:
-        return False
-    return status.orch_digest == digest(tree.orch_toml.read_bytes())
-
-
-def status_of(tree: RunTree) -> Status | None:
-    """A run's status; None while there is none that can be read."""
-    try:
-        return read_status(tree)
-    except Damaged:
-        return None
 
 
 # --- before anything starts -------------------------------------------------------------------------------------------
@@ -76,36 +90,56 @@ def status_of(tree: RunTree) -> Status | None:
 
 def refuse_what_cannot_work(start: Start) -> None:
     """Every refusal that needs no program, before the first file is written. Raises ConfigError, CannotResume, Busy."""
-    refuse_busy(start)
-    steps = stable_steps(start.tree.checkpoints)
-    if start.config.run.resume:
-        refuse_impossible_resume(start, steps)
+    refuse_held(start.outputs.trainer_lock, start.tree.orchestrator_lock)
+    steps, run = stable_steps(start.tree.checkpoints), start.config.run
+    if run.resume:
+        otherwise = "Without --resume the run starts from its beginning"
+        refuse_impossible_resume(start.tree, run.resume_step, steps, otherwise)
     else:
         refuse_to_start_over(start, steps)
     refuse_unfinished_neighbours(start)
 
 
-def refuse_busy(start: Start) -> None:
-    """A trainer or an orchestrator of somebody else would act on the orch.toml that we are about to write."""
-    for lock in (start.outputs.trainer_lock, start.tree.orchestrator_lock):
-        if lock.exists():
-            start.disk.claim(lock, "graftwork rl, which only looked").release()
+def refuse_held(*locks: Path) -> None:
+    """A trainer or an orchestrator of somebody else would act on what we are about to write. Raises Busy."""
+    for lock in locks:
+        if is_held(lock):
+            holder = lock.read_text(errors="replace").strip() or "another process"
+            raise Busy(f"{lock.parent} is in use by {holder}; stop it first, or choose another folder")
 
 
-def refuse_impossible_resume(start: Start, steps: list[int]) -> None:
-    where, wanted = start.tree.checkpoints, start.config.run.resume_step
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file. Looking changes nothing: the file goes on naming who held it last."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of at once, as the descriptor is closed
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise StoreError(f"{lock}: this file system cannot lock files ({error})") from None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def refuse_impossible_resume(tree: RunTree, wanted: int | None, steps: list[int], otherwise: str) -> None:
+    """`otherwise` says what to do when there is no checkpoint at all."""
     if not steps:
         raise CannotResume(
-            f"run {start.tree.id}: nothing to go on from: no checkpoint with a STABLE file in {where}. "
-            "Without --resume the run starts from its beginning"
+            f"run {tree.id}: nothing to go on from: no checkpoint with a STABLE file in {tree.checkpoints}. {otherwise}"
         )
     if wanted is not None and wanted not in steps:
         there = ", ".join(map(str, steps))
-        raise CannotResume(f"run {start.tree.id}: no checkpoint of step {wanted} in {where}; there are steps {there}")
+        raise CannotResume(
+            f"run {tree.id}: no checkpoint of step {wanted} in {tree.checkpoints}; there are steps {there}"
+        )
 
 
 def refuse_to_start_over(start: Start, steps: list[int]) -> None:
-    name, adapter = start.tree.root.name, start.config.run.init_adapter_path
+    name = start.tree.root.name
     if steps and steps[-1] > 0:
         raise ConfigError(
             f"{name} already has checkpoints up to step {steps[-1]} in {start.tree.checkpoints}: "
@@ -117,8 +151,13 @@ def refuse_to_start_over(start: Start, steps: list[int]) -> None:
             f"{name} was started before and stopped before its first checkpoint ({start.tree.batch(1)} is there): "
             f"{way_on}, or choose another run.id"
         )
+    refuse_missing_adapter("run.init_adapter_path", start.config.run.init_adapter_path, steps)
+
+
+def refuse_missing_adapter(setting: str, adapter: str | None, steps: list[int]) -> None:
+    """A run that has its step_0 already needs the adapter no more."""
     if adapter is not None and not steps and not Path(adapter).is_dir():
-        raise ConfigError(f"run.init_adapter_path: no adapter folder at {adapter}; `graftwork sft` makes one")
+        raise ConfigError(f"{setting}: no adapter folder at {adapter}; `graftwork sft` makes one")
 
 
 def refuse_unfinished_neighbours(start: Start) -> None:
@@ -134,36 +173,57 @@ def refuse_unfinished_neighbours(start: Start) -> None:
         )
 
 
-# --- files for the programs -------------------------------------------------------------------------------------------
+# --- files for the programs, and what they answer ---------------------------------------------------------------------
 
 
-def write_inference_toml(start: Start) -> Path:
-    if start.ready_file.exists():  # of an earlier start: its URL is stale
-        start.disk.quarantine(start.ready_file, start.outputs.trash)
-    section = start.config.inference.model_dump(exclude_none=True) | {"ready_file": str(start.ready_file)}
-    values = {**section, "model": start.config.model.model_dump(), "lora": start.config.lora.model_dump()}
-    path = start.outputs.logs / "inference.toml"
-    start.disk.publish_file(path, dump(build(InferenceConfig, values, source="[inference] of the configuration")))
+def ready_file(outputs: OutputTree) -> Path:
+    """Where inference says that it answers."""
+    return outputs.logs / "inference.json"
+
+
+def said_by(path: Path, pid: int) -> dict[str, Any] | None:
+    """The JSON table that the process `pid` wrote of itself; None while the file is of an earlier start, or absent."""
+    try:
+        found = read_json(path, "what a program says of itself")
+    except Damaged:
+        return None
+    return found if isinstance(found, dict) and found.get("pid") == pid else None
+
+
+def read_served(outputs: OutputTree) -> Served | None:
+    """What `graftwork serve` says of itself; None when it never ran here. Raises Damaged."""
+    path = outputs.serve_json
+    try:
+        return TypeAdapter(Served).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise Damaged(
+            f"{path} does not say which base is served where; `graftwork serve` writes it anew ({error})"
+        ) from None
+
+
+def publish_served(disk: Disk, outputs: OutputTree, served: Served) -> None:
+    about = {"pid": served.pid, "inference_url": served.inference_url, "model": served.model.model_dump()}
+    disk.publish_json(outputs.serve_json, about)
+
+
+def write_inference_toml(disk: Disk, outputs: OutputTree, config: RlConfig | ServeConfig) -> Path:
+    if ready_file(outputs).exists():  # of an earlier start: its URL is stale
+        disk.quarantine(ready_file(outputs), outputs.trash)
+    section = config.inference.model_dump(exclude_none=True) | {"ready_file": str(ready_file(outputs))}
+    values = {**section, "model": config.model.model_dump(), "lora": config.lora.model_dump()}
+    path = outputs.logs / "inference.toml"
+    disk.publish_file(path, dump(build(InferenceConfig, values, source="[inference] of the configuration")))
     return path
 
 
-def write_trainer_toml(start: Start) -> Path:
-    section = start.config.trainer.model_dump(exclude_none=True) | {"exit_when_done": True}
-    tables = {"model": start.config.model.model_dump(), "lora": start.config.lora.model_dump()}
-    values = {**section, **tables, "output_dir": str(start.outputs.root)}
-    path = start.outputs.logs / "trainer.toml"
-    start.disk.publish_file(path, dump(build(TrainerConfig, values, source="[trainer] of the configuration")))
+def write_trainer_toml(
+    disk: Disk, outputs: OutputTree, config: RlConfig | ServeConfig, *, exit_when_done: bool
+) -> Path:
+    section = config.trainer.model_dump(exclude_none=True) | {"exit_when_done": exit_when_done}
+    tables = {"model": config.model.model_dump(), "lora": config.lora.model_dump()}
+    values = {**section, **tables, "output_dir": str(outputs.root)}
+    path = outputs.logs / "trainer.toml"
+    disk.publish_file(path, dump(build(TrainerConfig, values, source="[trainer] of the configuration")))
     return path
-
-
-def write_orch_toml(start: Start, inference_url: str) -> str:
-    """Publish control/orch.toml; return its digest, by which everyone knows this start.
-
-    The status of an earlier start under the very same bytes is set aside first: it would settle this one too.
-    """
-    data = dump(start.run_config(inference_url))
-    status = status_of(start.tree)
-    if status is not None and status.orch_digest == digest(data):
-        start.disk.quarantine(start.tree.status_json, start.tree.trash)
-    start.disk.publish_file(start.tree.orch_toml, data)
-    return digest(data)

@@ -27,8 +27,11 @@ ATTEMPTS = 5
 BACKOFF_SECONDS = 0.1
 """Wait before the second attempt; each further wait is twice as long."""
 QUICK_SECONDS = 30.0
-"""Longest wait for calls that do no work: health, models."""
+"""Longest wait for calls that do no work: health, models. A server that takes longer is as good as gone; it may be
+loading its base, with its port open already."""
 READY_POLL_SECONDS = 0.2
+READY_POLL_SECONDS_MAX = 1.0
+"""Between two looks at a server that is not well: the first and the longest pause. Many may be waiting for it."""
 FINISH_REASONS = ("stop", "length")
 RETRIED = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 """Nobody answered. A server that takes too long is not asked again: it may still be at work."""
@@ -38,12 +41,12 @@ VLLM_DEFAULTS = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_pen
 class InferenceClient:
     """Use as `async with InferenceClient(url, timeout_seconds) as client`. Satisfies `Sampler`.
 
-    Every call raises ServerGone (no answer; url, call and last error named), Refused (HTTP 4xx, with the server's own
-    words) or InferenceError (any other answer that is not what was asked for).
+    Every call raises ServerGone (nobody is there; url, call and last error named), Refused (HTTP 4xx, with the server's
+    own words) or InferenceError (any other answer that is not what was asked for, or none in `timeout_seconds`).
     """
 
-    def __init__(self, url: str, timeout_seconds: float, *, send_seed: bool = True) -> None:
-        """`url` is the server's root; `send_seed` is False for vLLM. Raises ConfigError for a url that is none."""
+    def __init__(self, url: str, timeout_seconds: float) -> None:
+        """`url` is the server's root. Raises ConfigError for a url that is none."""
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -52,7 +55,8 @@ class InferenceClient:
             raise ConfigError(f"inference_url = {url!r} is not a url; expected something like http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self.timeout_seconds = timeout_seconds
-        self.send_seed = send_seed
+        self.send_seed = True
+        """False for vLLM; `served_models` finds it out, after a restart too."""
         # trust_env: a proxy that is set for downloads must not stand between two programs of ours.
         self._http = httpx.AsyncClient(trust_env=False, timeout=timeout_seconds)
 
@@ -89,30 +93,36 @@ class InferenceClient:
 
     async def served_models(self) -> list[str]:
         """Names that can be asked: the base and the loaded adapters."""
-        return [name for name, _ in await self._models()]
-
-    async def is_vllm(self) -> bool:
-        return any(owner == "vllm" for _, owner in await self._models())
-
-    async def health(self) -> None:
-        """Returns if the server answers that it is well."""
-        await self._call("GET", "/health", None, QUICK_SECONDS)
-
-    async def wait_ready(self, seconds: float) -> None:
-        """Wait until the server is well; raises ServerGone, naming the last error, after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return await self.health()
-            except ServerGone:
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(READY_POLL_SECONDS)
-
-    async def _models(self) -> list[tuple[str, str]]:
         answer = await self._json("GET", "/v1/models", None)
         cards = _field(answer, "data", list, "/v1/models")
-        return [(_field(card, "id", str, "/v1/models: data[]"), str(card.get("owned_by"))) for card in cards]
+        names = [_field(card, "id", str, "/v1/models: data[]") for card in cards]
+        self.send_seed = not any(card.get("owned_by") == "vllm" for card in cards)
+        return names
+
+    async def health(self, attempts: int = ATTEMPTS) -> None:
+        """Returns if the server answers that it is well."""
+        await self._call("GET", "/health", None, QUICK_SECONDS, attempts=attempts)
+
+    async def is_well(self) -> bool:
+        """Whether it is well at this moment: asked once."""
+        try:
+            await self.health(attempts=1)
+        except InferenceError:
+            return False
+        return True
+
+    async def wait_ready(self, seconds: float) -> None:
+        """Wait until the server is well; it may be coming up, or have failed and be about to be started again. Raises
+        the last error, most often ServerGone, after `seconds`."""
+        deadline, pause = time.monotonic() + seconds, READY_POLL_SECONDS
+        while True:
+            try:
+                return await self.health(attempts=1)
+            except InferenceError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, READY_POLL_SECONDS_MAX)
 
     # --- HTTP -------------------------------------------------------------------------------------------------------
 
@@ -125,9 +135,10 @@ class InferenceClient:
             raise InferenceError(f"{self.url}{path} answered something that is not JSON ({error})") from None
 
     async def _call(
-        self, method: str, path: str, payload: dict[str, Any] | None, timeout_seconds: float, fine: tuple[int, ...] = ()
-    ) -> httpx.Response:
-        response = await self._send(method, path, payload, timeout_seconds)
+        self, method: str, path: str, payload: dict[str, Any] | None, timeout_seconds: float,
+        fine: tuple[int, ...] = (), attempts: int = ATTEMPTS,
+    ) -> httpx.Response:  # fmt: skip
+        response = await self._send(method, path, payload, timeout_seconds, attempts)
         if response.is_success or response.status_code in fine:
             return response
         words = f"{method} {self.url}{path} answered {response.status_code}: {_server_message(response)}"
@@ -136,11 +147,12 @@ class InferenceClient:
         raise InferenceError(words)
 
     async def _send(
-        self, method: str, path: str, payload: dict[str, Any] | None, timeout_seconds: float
+        self, method: str, path: str, payload: dict[str, Any] | None, timeout_seconds: float, attempts: int
     ) -> httpx.Response:
-        """One request, again after a while if nobody answered or the server said 503. Raises ServerGone."""
+        """One request, again after a while if nobody answered or the server said 503. Raises ServerGone, and
+        InferenceError when it is at work for too long."""
         call, last = f"{method} {self.url}{path}", ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             if attempt:
                 await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
             try:
@@ -148,10 +160,10 @@ class InferenceClient:
             except RETRIED as error:
                 last = f"{type(error).__name__}: {error}"
             except httpx.TimeoutException as error:
-                raise ServerGone(
-                    f"{call}: no answer within {timeout_seconds:g} seconds ({type(error).__name__});"
-                    " see the inference log, or raise request_timeout_seconds"
-                ) from None
+                words = f"{call}: no answer within {timeout_seconds:g} seconds ({type(error).__name__})"
+                if payload is None:
+                    raise ServerGone(f"{words}; see the inference log") from None
+                raise InferenceError(f"{words}; see the inference log, or raise request_timeout_seconds") from None
             except httpx.TransportError as error:
                 raise InferenceError(f"{call} failed: {type(error).__name__}: {error}") from None
             else:
@@ -159,8 +171,8 @@ class InferenceClient:
                     return response
                 last = f"503: {_server_message(response)}"
         raise ServerGone(
-            f"{call}: the inference server does not answer after {ATTEMPTS} attempts; last: {last};"
-            " start it (again) and resume the run"
+            f"{call}: the inference server does not answer after {attempts} attempt{'s' * (attempts > 1)};"
+            f" last: {last}; start it (again)"
         )
 
 

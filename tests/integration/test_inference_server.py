@@ -348,7 +348,8 @@ def test_sigint_ends_it_while_a_request_is_under_way(tmp_path: Path) -> None:
         server.process.kill()
     assert server.process.returncode == 0, err
     assert seconds < 15
-    assert statuses and statuses[0] != 200
+    assert statuses and statuses[0] in (0, 503)  # 503: it was told that the server ends
+    assert "Traceback" not in err
 
 
 def test_a_socket_that_is_bound_is_a_port_that_is_taken() -> None:

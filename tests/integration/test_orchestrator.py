@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from test_orchestrator_fakes import FakeServer, FakeTrainer, make_base, make_run
 
-from graftwork.errors import Busy, ConfigError, InferenceError, ProgramFailed, RunError, ServerGone
+from graftwork.errors import Busy, ConfigError, InferenceError, ProgramFailed, Refused, RunError, ServerGone
 from graftwork.programs import orchestrator
+from graftwork.rollouts.client import InferenceClient
 from graftwork.store.disk import Disk, read_lines
 from graftwork.store.queue import read_batch
 
@@ -31,6 +33,14 @@ def base(tmp_path):
 def server():
     with FakeServer() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def little_waiting(monkeypatch):
+    monkeypatch.setattr("graftwork.rollouts.client.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("graftwork.rollouts.client.READY_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(orchestrator, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(orchestrator, "REFUSED_PAUSE_SECONDS", 0.01)
 
 
 def files_of(tree):
@@ -67,10 +77,10 @@ def test_a_lockstep_run_writes_each_batch_from_the_version_before_it(tmp_path, b
 
 
 def test_at_most_one_version_is_served_and_none_before_it_is_needed(tmp_path, base):
-    _, trainer, server = whole_run(tmp_path / "a", base)
-    assert list(server.adapters) == [trainer.versions[3]]
+    *_, server = whole_run(tmp_path / "a", base)
+    assert server.adapters == {}
     paths = [path.rpartition("/")[2].removesuffix("_lora_adapter") for path, _ in server.log]
-    assert paths == ["load", "completions", *["unload", "load", "completions"] * 3]
+    assert paths == ["load", "completions", "unload"] * 4
 
 
 def test_two_runs_write_the_same_bytes(tmp_path, base):
@@ -94,7 +104,7 @@ def test_resume_in_the_middle_writes_what_the_whole_run_wrote(tmp_path, base):
     whole, _, _ = whole_run(tmp_path / "whole", base)
     with FakeServer() as server:
         tree = make_run(tmp_path / "cut", base, server.url)
-        with FakeTrainer(tree, ends={3: ("stopped", "a person did it")}), pytest.raises(RunError, match="stopped"):
+        with FakeTrainer(tree, ends={3: ("stopped", None)}):
             orchestrator.main(tree.root)
     # Batch 3 was published, the checkpoint is at step 2; the log has rows of a batch that never was, and a torn line.
     with tree.samples_jsonl.open("a") as file:
@@ -143,15 +153,16 @@ def test_a_server_without_digests_claims_and_gets_no_seed(tmp_path, base):
 def test_what_an_earlier_orchestrator_left_in_inference_is_unloaded(tmp_path, base, server):
     server.adapters = {"tiny@7-00000000": "x", "other@7-00000000": "x", "by-hand": "x"}
     tree = make_run(tmp_path, base, server.url)
-    with FakeTrainer(tree) as trainer:
+    with FakeTrainer(tree):
         orchestrator.main(tree.root)
-    assert list(server.adapters) == ["other@7-00000000", "by-hand", trainer.versions[3]]
+    assert list(server.adapters) == ["other@7-00000000", "by-hand"]
+    assert server.log[0] == ("/v1/unload_lora_adapter", "tiny@7-00000000")
 
 
 # --- how it ends ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["failed", "evicted", "stopped"])
+@pytest.mark.parametrize("state", ["failed", "evicted"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_run_that_ends_badly_ends_it_with_the_reason(tmp_path, base, server, state, step):
     tree = make_run(tmp_path, base, server.url)
@@ -159,6 +170,7 @@ def test_a_run_that_ends_badly_ends_it_with_the_reason(tmp_path, base, server, s
     with FakeTrainer(tree, ends={step: (state, reason)}), pytest.raises(RunError) as caught:
         orchestrator.main(tree.root)
     assert all(word in str(caught.value) for word in ("run tiny", state, reason, "status.json"))
+    assert server.adapters == {}
 
 
 def test_failure_after_the_last_batch_is_noticed(tmp_path, base, server):
@@ -175,16 +187,175 @@ def test_a_finished_run_is_left_alone(tmp_path, base, server):
     assert files_of(tree) == before
 
 
-def test_a_dead_server_is_named(tmp_path, base, monkeypatch):
-    monkeypatch.setattr("graftwork.rollouts.client.BACKOFF_SECONDS", 0.01)
-    with FakeServer() as server:
-        server.die_at_completion = 2
-        tree = make_run(tmp_path, base, server.url)
-        with FakeTrainer(tree), pytest.raises(ServerGone) as caught:
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_that_is_stopped_ends_it_well(tmp_path, base, server, caplog, step):
+    caplog.set_level("INFO")
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree, ends={step: ("stopped", None)}):
+        orchestrator.main(tree.root)
+    assert f"run tiny: stopped at step {step}; `graftwork resume` goes on" in caplog.text
+    assert server.adapters == {}
+
+
+def test_a_stop_is_known_by_the_orch_toml_that_asks_for_it(tmp_path, base, server):
+    """`graftwork stop` changes the file, so what the trainer says then is about another file than this one's."""
+    tree = make_run(tmp_path, base, server.url)
+
+    class Stopping(FakeTrainer):
+        def say(self, state, step, reason=None):
+            if state == "stopped":
+                make_run(tmp_path, base, server.url, stop=True)
+            super().say(state, step, reason)
+
+    with Stopping(tree, ends={2: ("stopped", None)}):
+        orchestrator.main(tree.root)
+    assert [p.name for p in sorted(tree.rollouts.iterdir())][:2] == ["step_1", "step_2"]
+    with pytest.raises(ConfigError, match=r"stop = true.*`graftwork resume`"):
+        orchestrator.main(tree.root)
+
+
+@pytest.mark.parametrize("change", ["stop", "seed", "none", "gone"])
+def test_what_becomes_of_the_run_is_noticed_while_it_waits_in_line(tmp_path, base, server, change, caplog):
+    """The change is made in the first pause; the look after it must see it."""
+    caplog.set_level("INFO")
+    tree = make_run(tmp_path, base, server.url)
+    pauses = []
+
+    async def pause(self):
+        pauses.append(self)
+        if change == "gone":
+            shutil.rmtree(tree.root)
+        elif change == "none":
+            tree.orch_toml.unlink()
+        else:
+            make_run(tmp_path, base, server.url, **{change: True})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orchestrator.Pauses, "pause", pause)
+        if change == "stop":
             orchestrator.main(tree.root)
-    assert server.url in str(caught.value)
-    assert "/v1/completions" in str(caught.value)
+            assert "stopped, as its orch.toml asks" in caplog.text
+        else:
+            kind, words = (RunError, "was removed") if change == "gone" else (ConfigError, "changed under this")
+            with pytest.raises(kind, match=words):
+                orchestrator.main(tree.root)
+    assert len(pauses) == 1
+    assert server.log == []
+
+
+# --- an inference server that goes away -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def comes_back(server, monkeypatch):
+    """Once the server is dead, every third look at its health finds a new process."""
+    health, looks = InferenceClient.health, []
+
+    async def look(self, *args, **options):
+        if server.dead:
+            looks.append("")
+            if len(looks) % 3 == 0:
+                server.start_again()
+        await health(self, *args, **options)
+
+    monkeypatch.setattr(InferenceClient, "health", look)
+
+
+TWO_TURNS = {"name": "test_orchestrator_fakes:TwoTurns"}
+
+
+@pytest.mark.parametrize("last_words", [False, True])
+def test_a_server_that_dies_in_mid_batch_and_comes_back_gives_the_same_batches(
+    tmp_path, base, server, comes_back, caplog, last_words
+):
+    undisturbed, *_ = whole_run(tmp_path / "a", base, environment=TWO_TURNS)
+    server.die_at = {4}  # the second turn of batch 2
+    server.fail_at = {4} if last_words else set()
+    tree = make_run(tmp_path / "b", base, server.url, environment=TWO_TURNS)
+    with FakeTrainer(tree):
+        orchestrator.main(tree.root)
+    assert files_of(tree) == files_of(undisturbed)
+    assert tree.samples_jsonl.read_bytes() == undisturbed.samples_jsonl.read_bytes()
+    assert caplog.text.count("waiting up to 300 seconds for inference") == 1
+    prompts = [request["prompt"] for request in server.requests]
+    assert prompts[4] == prompts[2]
+    assert server.adapters == {}
+
+
+def test_a_server_that_has_forgotten_the_version_gets_it_again(tmp_path, base, server, caplog):
+    undisturbed, *_ = whole_run(tmp_path / "a", base, environment=TWO_TURNS)
+    server.forget_at = {2, 3, 7}  # batch 1 in its second turn, then in its first; batch 2 in its second
+    tree = make_run(tmp_path / "b", base, server.url, environment=TWO_TURNS)
+    with FakeTrainer(tree):
+        orchestrator.main(tree.root)
+    assert files_of(tree) == files_of(undisturbed)
+    assert tree.samples_jsonl.read_bytes() == undisturbed.samples_jsonl.read_bytes()
+    assert caplog.text.count("is begun again") == 3
+
+
+def test_a_version_that_is_refused_again_and_again_is_an_error(tmp_path, base, server):
+    server.forget_at = set(range(1, 100))
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree), pytest.raises(Refused, match="no model tiny@0-"):
+        orchestrator.main(tree.root)
+    assert len(server.requests) == orchestrator.REFUSALS_MAX
+    assert files_of(tree) == {}
+
+
+def test_a_batch_that_brings_the_server_down_each_time_is_given_up(tmp_path, base, server, comes_back, monkeypatch):
+    monkeypatch.setattr(orchestrator, "LOSSES_MAX", 3)
+    server.die_at = set(range(1, 100))
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree), pytest.raises(ServerGone, match="/v1/completions"):
+        orchestrator.main(tree.root)
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_stays_away_is_named(tmp_path, base, server, monkeypatch):
+    monkeypatch.setattr(orchestrator, "INFERENCE_START_SECONDS", 0.1)
+    server.die_at = {2}
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree), pytest.raises(ServerGone) as caught:
+        orchestrator.main(tree.root)
+    assert all(
+        word in str(caught.value) for word in (server.url, "/v1/completions", "within 0.1 seconds", "resume the run")
+    )
     assert [p.name for p in tree.rollouts.iterdir()] == ["step_1"]
+
+
+@pytest.mark.parametrize("state", ["failed", "evicted", "stopped", "removed"])
+def test_the_end_of_the_run_is_noticed_while_inference_is_away(tmp_path, base, server, caplog, state):
+    caplog.set_level("INFO")
+    tree = make_run(tmp_path, base, server.url)
+    trainer = FakeTrainer(tree)
+    server.die_at = {2}
+    server.when_dead = (
+        (lambda: tree.root.rename(tmp_path / "away"))
+        if state == "removed"
+        else lambda: trainer.say(state, 1, "a reason")
+    )
+    with trainer:
+        if state == "stopped":
+            orchestrator.main(tree.root)
+            assert "stopped at step 1" in caplog.text
+        else:
+            with pytest.raises(RunError, match="was removed" if state == "removed" else f"{state} at step 1: a reason"):
+                orchestrator.main(tree.root)
+
+
+def test_a_fault_of_a_server_that_is_well_ends_it(tmp_path, base, server):
+    server.fail_at = {2}
+    tree = make_run(tmp_path, base, server.url)
+    with FakeTrainer(tree), pytest.raises(InferenceError, match="500: the engine failed"):
+        orchestrator.main(tree.root)
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_is_there_but_does_not_answer_ends_it(tmp_path, base, server):
+    server.hang_at = {1}
+    tree = make_run(tmp_path, base, server.url, request_timeout_seconds=3)
+    with FakeTrainer(tree), pytest.raises(InferenceError, match=r"no answer within 3 s.*request_timeout_seconds"):
+        orchestrator.main(tree.root)
 
 
 @pytest.mark.parametrize("trouble", ["base", "digest"])
@@ -300,5 +471,6 @@ def test_sigterm_ends_it_cleanly(tmp_path, base, server):
         _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert "Traceback" not in err
+    assert server.adapters == {}
     assert list(tree.rollouts.glob(".staging-*")) == []
     assert np.isfinite([r.reward for r in read_batch(tree, 1)[0].rollouts]).all()

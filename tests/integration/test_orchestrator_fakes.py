@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from graftwork.config.load import build, digest, dump
 from graftwork.config.schema import RunConfig
+from graftwork.rollouts.environment import Task
 from graftwork.store.disk import Disk
 from graftwork.store.layout import RunId, RunTree
 from graftwork.store.queue import Version, publish_version, read_batch
@@ -51,15 +53,38 @@ def make_run(root: Path, base: Path, url: str, **changes: Any) -> RunTree:
     return tree
 
 
+class TwoTurns:
+    """An environment that asks twice, so that a batch takes two requests."""
+
+    def task(self, seed: int, index: int, split: str) -> Task:
+        return Task(({"role": "user", "content": f"{split} {index}"},))
+
+    async def run(self, task: Task, policy: Any) -> float:
+        first = await policy.ask(task.messages)
+        second = await policy.ask([{"role": "user", "content": "again"}])
+        return float(len(first.text) - len(second.text))
+
+
 class FakeServer:
-    """Speaks the inference API. Its answers are a function of (adapter bytes, prompt, seed, index)."""
+    """Speaks the inference API. Its answers are a function of (adapter bytes, prompt, seed, index).
+
+    Completions are counted from 1; what happens at one of them is told by the sets below.
+    """
 
     def __init__(self, *, tells_digest: bool = True) -> None:
         self.tells_digest = tells_digest
         self.answer_as: str | None = None
         """Pretend that another adapter answered."""
         self.wrong_digest = False
-        self.die_at_completion: int | None = None
+        self.die_at: set[int] = set()
+        """It hangs up and listens no more."""
+        self.when_dead: Callable[[], None] = lambda: None
+        self.forget_at: set[int] = set()
+        """All adapters are gone."""
+        self.fail_at: set[int] = set()
+        """Answered with 500; together with die_at, those are its last words."""
+        self.hang_at: set[int] = set()
+        """Never answered."""
         self.adapters: dict[str, str] = {}
         """Loaded adapters: name -> digest."""
         self.log: list[tuple[str, str]] = []
@@ -81,11 +106,11 @@ class FakeServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 code, answer = server.handle(self.path, body)
-                if code == 0:
+                if code:
+                    self.say(code, answer)
+                if not code or server.dead:
                     self.close_connection = True
                     self.connection.close()
-                else:
-                    self.say(code, answer)
 
             def say(self, code: int, body: Any) -> None:
                 data = json.dumps(body).encode()
@@ -94,20 +119,33 @@ class FakeServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.handler = Handler
+        self.port = 0
+        self.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.dead = False
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
         self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.port = self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
+        self.dead = True
         self.http.shutdown()
         self.http.server_close()
+
+    def start_again(self) -> None:
+        """As a new process does: on the same port, without adapters."""
+        self.adapters = {}
+        self.start()
 
     def __enter__(self) -> FakeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.die_at_completion is None:
+        if not self.dead:
             self.close()
 
     def handle(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -121,9 +159,18 @@ class FakeServer:
         if path == "/v1/unload_lora_adapter":
             return (200, {}) if self.adapters.pop(name, None) else (404, {})
         self.requests.append(body)
-        if len(self.requests) == self.die_at_completion:
-            threading.Thread(target=self.close, daemon=True).start()
+        number = len(self.requests)
+        if number in self.die_at:
+            self.close()
+            self.when_dead()
+        if number in self.fail_at:
+            return 500, {"error": {"message": "the engine failed"}}
+        if number in self.die_at:
             return 0, None
+        if number in self.hang_at:
+            time.sleep(3600)
+        if number in self.forget_at:
+            self.adapters.clear()
         if name not in self.adapters:
             return 404, {"error": {"message": f"no model {name}"}}
         return 200, self.complete(body)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,77 @@ def test_sft_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (calls[1].resume, calls[1].max_steps) == (False, 100)
 
 
+def test_serve_reads_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    replace(monkeypatch, "serve", calls.append)
+    Path("serve.toml").write_text('model.path = "base"\n')
+    assert run(monkeypatch, "serve", "serve.toml", "--trainer.slots", "2", "--output_dir", "there") == 0
+    assert (calls[0].trainer.slots, calls[0].output_dir, calls[0].inference.port) == (2, "there", 0)
+
+
+def test_submit_stop_resume_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    for name in ("submit", "stop", "resume"):
+        monkeypatch.setattr(f"graftwork.programs.submit.{name}", lambda *given: calls.append(given))
+    Path("submit.toml").write_text('output_dir = "of-the-file"\nmax_steps = 3\n')
+    flags = ["--id", "a", "--output-dir", "there", "--id", "b", "--resume", "true", "--sampling.top_p", "0.5"]
+    assert run(monkeypatch, "submit", "submit.toml", *flags) == 0
+    config, ids = calls[0]
+    assert (ids, config.output_dir, config.max_steps) == (["a", "b"], "there", 3)
+    assert (config.resume, config.sampling.top_p) == (True, 0.5)
+    assert config.model_fields_set == {"output_dir", "max_steps", "resume", "sampling"}
+    assert run(monkeypatch, "submit", "submit.toml", "--id", "a") == 0
+    assert calls[1][0].output_dir == "of-the-file"
+    assert run(monkeypatch, "submit", "submit.toml") == 2
+    assert run(monkeypatch, "stop", "a", "b", "--wait", "0") == 0
+    assert run(monkeypatch, "resume", "a", "--max-steps", "9", "--step", "0", "--output-dir", "there") == 0
+    assert calls[2:] == [("outputs", ["a", "b"], 0), ("there", ["a"], 9, 0)]
+
+
+def test_runs_has_a_table_and_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("graftwork.programs.runs.main", lambda *given, **flags: calls.append((given, flags)))
+    assert run(monkeypatch, "runs", "--output-dir", "there", "--json") == 0
+    assert calls == [(("there",), {"watch": False, "as_json": True})]
+    monkeypatch.setattr("graftwork.programs.adapter.export", lambda *given: calls.append(given) or ["wrote it"])
+    weight = Path("there/run_x/checkpoints/step_3/weight").absolute()
+    weight.mkdir(parents=True)
+    (weight.parent / "STABLE").touch()
+    assert run(monkeypatch, "runs", "--output-dir", "there", "export", "x", "--out", "adapter") == 0
+    assert run(monkeypatch, "runs", "export", "x", "--step", "3", "--out", "adapter", "--output-dir", "there") == 0
+    assert calls[1:] == [(weight, Path("adapter"), "peft")] * 2
+    assert capsys.readouterr().out == "wrote it\nrun x: the adapter after step 3\n" * 2
+
+
+def test_runs_verify_ends_with_1_when_something_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True)
+    class Report:
+        run: str
+        findings: list[str]
+        checked: dict[str, int]
+
+    for name in ("good", "bad"):
+        Path(f"outputs/run_{name}").mkdir(parents=True)
+    findings = {"good": [], "bad": ["rollouts/step_3: another batch"]}
+    module = types.ModuleType("graftwork.programs.verify")
+    module.verify_run = lambda tree: Report(str(tree.id), findings[str(tree.id)], {"batches": 3})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert run(monkeypatch, "runs", "verify", "good") == 0
+    assert capsys.readouterr().out == "good: ok, 3 batches\n"
+    assert run(monkeypatch, "runs", "verify", "good", "bad") == 1
+    assert capsys.readouterr().out.splitlines()[1] == "bad: rollouts/step_3: another batch"
+    assert run(monkeypatch, "runs", "verify", "bad", "--json") == 1
+    assert json.loads(capsys.readouterr().out)[0]["findings"] == findings["bad"]
+
+
+def test_the_commands_of_the_hosted_form_load_without_torch() -> None:
+    programs = ", ".join(f"graftwork.programs.{name}" for name in ("serve", "submit", "runs"))
+    code = f"import sys, {programs}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_eval_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     replace(monkeypatch, "evaluate", lambda config, adapter, prompts, seed: 0.5)
     Path("rl.toml").write_text(RL_TOML)
@@ -97,7 +169,19 @@ def test_eval_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (["rl", "rl.toml", "stray"], "stray"),
         (["eval", "rl.toml", "--adapter", "none"], "--adapter: no folder at none"),
         (["convert", "a", "run_x", "--trainer-json", "none"], "--trainer-json: no file at none"),
-        (["config", "nothing"], "error: no section 'nothing': there are sft, rl, trainer, inference, run"),
+        (["config", "nothing"], "error: no section 'nothing': there are sft, rl, serve, submit, trainer, inference"),
+        (["serve", "serve.toml"], "trainer.slots 8: every run that trains needs its adapter in the sampler"),
+        (
+            ["submit", "submit.toml", "--id", "x", "--max_stepz", "3"],
+            "--max_stepz is no setting; did you mean max_steps?",
+        ),
+        (["submit", "submit.toml", "--id", "x"], "model.path: must be given, as there is no serve.json in outputs"),
+        (["submit", "submit.toml", "--id", "Not.An.Id"], "'Not.An.Id' is not a run id"),
+        (["stop", "x"], "no run x in outputs; there are: none"),
+        (["resume", "x", "--output-dir", "elsewhere"], "no run x in elsewhere"),
+        (["runs"], "no folder at outputs"),
+        (["runs", "export", "x", "--out", "adapter"], "no run x in outputs"),
+        (["runs", "--output-dir", "elsewhere", "export", "x", "--out", "adapter"], "no run x in elsewhere"),
     ],
 )
 def test_one_clear_message(
@@ -105,6 +189,8 @@ def test_one_clear_message(
 ) -> None:
     Path("rl.toml").write_text(RL_TOML)
     Path("bad.toml").write_text(RL_TOML + "sead = 1\n")
+    Path("submit.toml").write_text("max_steps = 3\n")
+    Path("serve.toml").write_text('model.path = "base"\ninference.max_adapters = 4\n')
     assert run(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

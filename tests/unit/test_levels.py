@@ -22,7 +22,7 @@ LEVELS = {
     "inference": 5, "programs": 6, "cli": 7, "__main__": 8, "__init__": -2,
 }  # fmt: skip
 TORCH_FREE_ROOMS = ("config", "store", "rollouts")
-TORCH_FREE_PROGRAMS = ("graftwork.programs.orchestrator", "graftwork.programs.rl")
+TORCH_FREE_PROGRAMS = tuple(f"graftwork.programs.{name}" for name in ("orchestrator", "rl", "serve", "submit", "runs"))
 TORCH = ("torch", "transformers", "accelerate", "peft")
 
 WRITER = "store/disk.py"

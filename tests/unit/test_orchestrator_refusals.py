@@ -1,13 +1,16 @@
-"""What an orchestrator refuses before it samples anything."""
+"""What an orchestrator refuses before it samples anything, and how it looks at what the trainer says."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graftwork.config.schema import AdapterConfig, ModelConfig, RunConfig
-from graftwork.errors import ConfigError, RunError
-from graftwork.programs.orchestrator import Orchestrator, refuse_another_source
+from graftwork.errors import ConfigError, RunError, ServerGone
+from graftwork.programs import orchestrator as module
+from graftwork.programs.orchestrator import Orchestrator, Pauses, RunStopped
+from graftwork.programs.warm_start import refuse_another_source
 from graftwork.store.disk import Disk
 from graftwork.store.layout import RunTree
 from graftwork.store.status import Status, write_status
@@ -57,3 +60,64 @@ def test_a_run_that_failed_ends_it_with_the_trainers_reason(tree: RunTree) -> No
 def test_a_folder_that_is_gone_ends_it(tree: RunTree) -> None:
     with pytest.raises(RunError, match="is gone; the run was removed"):
         orchestrator(tree).look()
+
+
+def test_a_stopped_run_is_no_error_whatever_orch_toml_the_status_is_about(tree: RunTree) -> None:
+    for about in ("mine", "the one that asks to stop"):
+        write_status(Disk(), tree, Status("a", "stopped", about, 1, step=4))
+        with pytest.raises(RunStopped, match="stopped at step 4"):
+            orchestrator(tree).look()
+    write_status(Disk(), tree, Status("b", "stopped", "mine", 1))
+    with pytest.raises(ConfigError, match="changed under this orchestrator"):
+        orchestrator(tree).look()
+
+
+def test_a_status_is_parsed_when_it_has_changed(tree: RunTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Status | None] = []
+
+    def read(of: RunTree) -> Status | None:
+        reads.append(module_read(of))
+        return reads[-1]
+
+    module_read = module.read_status
+    monkeypatch.setattr(module, "read_status", read)
+    watcher = orchestrator(tree)
+    assert watcher.status() is None
+    for step in (1, 2):
+        write_status(Disk(), tree, Status("a", "active", "mine", 1, step=step))
+        assert [watcher.look().step for _ in range(5)] == [step] * 5
+    assert len(reads) == 3
+    tree.status_json.unlink()
+    with pytest.raises(RunError, match=r"status\.json is gone"):
+        watcher.look()
+
+
+def test_pauses_grow_up_to_a_limit() -> None:
+    pauses, lengths = Pauses(longest_seconds=2e-4, seconds=1e-4), []
+
+    async def wait() -> None:
+        for _ in range(5):
+            lengths.append(pauses.seconds)
+            await pauses.pause()
+
+    asyncio.run(wait())
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-1]) == (1e-4, 2e-4)
+
+
+def test_a_server_that_is_gone_or_silent_does_not_keep_it(tree: RunTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAVE_SECONDS", 0.05)
+
+    class Gone:
+        async def served_models(self) -> list[str]:
+            raise ServerGone("gone")
+
+    class Silent:
+        async def served_models(self) -> list[str]:
+            await asyncio.sleep(3600)
+            return []
+
+    leaving = orchestrator(tree)
+    for client in (Gone(), Silent()):
+        leaving.client = client  # type: ignore[assignment]
+        asyncio.run(leaving.leave_inference())

@@ -29,9 +29,9 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(module, "READY_POLL_SECONDS", 0.0)
 
 
-def ask(handler: Handler, question: Callable[[InferenceClient], Awaitable[Any]], **options: Any) -> Any:
+def ask(handler: Handler, question: Callable[[InferenceClient], Awaitable[Any]]) -> Any:
     async def talk() -> Any:
-        async with InferenceClient("http://engine:8000/", 5.0, **options) as client:
+        async with InferenceClient("http://engine:8000/", 5.0) as client:
             client._http = httpx.AsyncClient(transport=httpx.MockTransport(handler))
             return await question(client)
 
@@ -69,22 +69,27 @@ def test_a_request_holds_everything_by_name_and_choices_come_back_in_order():
 
 
 def test_vllm_gets_no_seed_and_every_sampling_default():
-    seen = []
+    seen, owner = [], "vllm"
 
     def handler(request):
         if request.url.path == "/v1/models":
-            return httpx.Response(200, json={"data": [{"id": "base", "owned_by": "vllm"}]})
+            return httpx.Response(200, json={"data": [{"id": "base", "owned_by": owner}]})
         seen.append(json.loads(request.content))
         return httpx.Response(200, json=answer([choice(0)], graftwork=...))
 
     async def question(client):
-        assert await client.is_vllm()
-        return await client.complete(VERSION.name, [[7]], 1, SAMPLING, seed=11)
+        nonlocal owner
+        assert await client.served_models() == ["base"]
+        (completion,) = await client.complete(VERSION.name, [[7]], 1, SAMPLING, seed=11)
+        owner = "graftwork"  # it was started again, and is another
+        await client.served_models()
+        await client.complete(VERSION.name, [[7]], 1, SAMPLING, seed=11)
+        return completion
 
-    (completion,) = ask(handler, question, send_seed=False)
-    assert completion.digest is None
+    assert ask(handler, question).digest is None
     assert "seed" not in seen[0]
     assert seen[0]["top_k"] == -1
+    assert seen[1]["seed"] == 11
 
 
 @pytest.mark.parametrize(
@@ -187,9 +192,41 @@ def test_a_slow_server_is_not_asked_twice():
         calls.append(request)
         raise httpx.ReadTimeout("slow")
 
-    with pytest.raises(ServerGone, match="no answer within 5 seconds"):
+    with pytest.raises(InferenceError, match=r"no answer within 5 seconds.*raise request_timeout_seconds") as caught:
         ask(handler, lambda c: c.complete(VERSION.name, [[7]], 1, SAMPLING, seed=1))
+    assert not isinstance(caught.value, ServerGone)
     assert len(calls) == 1
+
+
+def test_a_server_that_is_slow_where_there_is_nothing_to_do_is_gone():
+    def handler(request):
+        raise httpx.ReadTimeout("slow")
+
+    with pytest.raises(ServerGone, match=r"/v1/models: no answer within 30 seconds"):
+        ask(handler, lambda c: c.served_models())
+
+
+@pytest.mark.parametrize("trouble", ["gone", "slow", "503", "500"])
+def test_a_server_is_waited_for_until_it_is_well(trouble):
+    calls = []
+
+    def handler(request):
+        calls.append(request.url.path)
+        if len(calls) > 3:
+            return httpx.Response(200)
+        if trouble in ("gone", "slow"):
+            raise httpx.ConnectError("refused") if trouble == "gone" else httpx.ReadTimeout("slow")
+        return httpx.Response(int(trouble), text="not now")
+
+    assert ask(handler, lambda c: c.is_well()) is False
+    ask(handler, lambda c: c.wait_ready(60))
+    assert calls == ["/health"] * 4
+    assert ask(handler, lambda c: c.is_well()) is True
+
+
+def test_a_server_that_does_not_get_well_is_named_with_its_own_words():
+    with pytest.raises(InferenceError, match="500: the engine failed"):
+        ask(lambda _: httpx.Response(500, text="the engine failed"), lambda c: c.wait_ready(0.01))
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://x", "http://", "http://[::1"])
