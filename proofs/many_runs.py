@@ -24,20 +24,20 @@ COMMAND = (sys.executable, "-m", "graftwork")
 
 @dataclass
 class Crowd:
-    """tables: what `graftwork runs` printed, from the first time to the last. states: how many runs were in which state,
-    each time `graftwork runs --json` was asked."""
+    """adapter: what every run starts from, through the trainer's own door; None: fresh.
+
+    tables: what `graftwork runs` printed, from the first time to the last. states: how many runs were in which state,
+    each time `graftwork runs --json` was asked. rows: what it said last.
+    """
 
     folder: Path
     runs: int
     slots: int
+    adapter: Path | None = None
     flags: Sequence[str] = (
-        "--max_steps",
-        "3",
-        "--sampling.prompts_per_step",
-        "4",
-        "--sampling.samples_per_prompt",
-        "4",
-    )
+        "--max_steps", "3", "--sampling.prompts_per_step", "4", "--sampling.samples_per_prompt", "4",
+        "--init_adapter_path", "null",
+    )  # fmt: skip
     tables: list[str] = field(default_factory=list)
     states: list[Counter[str]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -51,18 +51,12 @@ class Crowd:
         return [f"r{number:02d}" for number in range(self.runs)]
 
     def go(self) -> None:
-        """Raises TimeoutError when they do not all end, CalledProcessError when a command fails."""
+        """Raises TimeoutError when they do not all end, RuntimeError when a command fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         where = str(self.outputs.root)
-        serve = [
-            *COMMAND,
-            "serve",
-            str(EXAMPLE / "serve.toml"),
-            "--output_dir",
-            where,
-            "--trainer.slots",
-            str(self.slots),
-        ]
+        serve = [*COMMAND, "serve", str(EXAMPLE / "serve.toml"), "--output_dir", where]
+        serve += ["--trainer.slots", str(self.slots)]
+        serve += [] if self.adapter is None else ["--trainer.init_adapter_path", str(self.adapter)]
         with (self.folder / "serve.log").open("ab") as log:
             server = subprocess.Popen(serve, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
@@ -87,7 +81,9 @@ class Crowd:
         return len(self.rows) == self.runs and not waiting & {row["state"] for row in self.rows}
 
     def _graftwork(self, *arguments: str) -> str:
-        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=True, timeout=600)
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=600)
+        if done.returncode:
+            raise RuntimeError(f"graftwork {arguments[0]} ended with {done.returncode}: {done.stderr}")
         return done.stdout
 
     def _sleep_until(self, end: float) -> None:
