@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-smollm2 test test-all check proof-main proof-adapters clean
+.PHONY: help demo demo-smollm2 test test-all check proof-main proof-adapters proof-tenants clean
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
@@ -18,6 +18,7 @@ help:
 	@echo "make check           ruff and mypy"
 	@echo "make proof-main      kill and resume at full size; writes proof/main.json"
 	@echo "make proof-adapters  imports against PEFT, hostile files, cost; writes proof/adapters.json"
+	@echo "make proof-tenants   many runs on one trainer: isolation, faults, fairness, forgeries; writes proof/tenants.json"
 	@echo "make clean           remove .venv and caches; outputs/ and proof/ stay"
 
 # The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
@@ -56,6 +57,9 @@ proof-main: $(STAMP)
 
 proof-adapters: $(STAMP)
 	$(RUN) -m proofs.adapters $(PROOF_ARGS)
+
+proof-tenants: $(STAMP)
+	$(RUN) -m proofs.tenants $(PROOF_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

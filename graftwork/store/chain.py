@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from graftwork.errors import Damaged
 from graftwork.store.checkpoint import Cursor
-from graftwork.store.disk import Disk, json_line
+from graftwork.store.disk import LOG_BYTES_MAX, Disk, json_line, read_file
 from graftwork.store.layout import RunTree
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
@@ -110,7 +110,7 @@ def _wrong_with(link: Link, before: Link | None, run: str) -> Iterator[str]:
 
 def _read(tree: RunTree) -> bytes:
     try:
-        return tree.chain_jsonl.read_bytes()
+        return read_file(tree.chain_jsonl, LOG_BYTES_MAX)
     except FileNotFoundError:
         return b""
     except OSError as error:

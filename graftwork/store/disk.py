@@ -17,6 +17,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from graftwork.errors import Busy, Conflict, Damaged, StoreError
 
 MANIFEST = "STABLE"
 MANIFEST_FORMAT = 1
+JSON_BYTES_MAX = 64 * 2**20
+LOG_BYTES_MAX = 2**32
 MANIFEST_BYTES_MAX = 2 * 2**20  # ten thousand files
 STAGING_PREFIX = ".staging-"
 RETIRED_PREFIX = "retired-"
@@ -53,10 +56,29 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def read_file(path: Path, bytes_max: int) -> bytes:
+    """The bytes of a plain file. Raises Damaged when it is none (a pipe would keep its reader for ever) or is larger
+    than `bytes_max`, OSError when it cannot be opened."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _refuse_unplain(path, descriptor)
+        if (size := os.fstat(descriptor).st_size) > bytes_max:
+            raise Damaged(f"{path} has {size} bytes, at most {bytes_max} are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(bytes_max)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_unplain(path: Path, descriptor: int) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise Damaged(f"{path} is not a plain file")
+
+
 def read_json(path: Path, what: str) -> Any:
     """The JSON in `path`. Raises Damaged, naming the file, if it is absent or not JSON."""
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        return json.loads(read_file(path, JSON_BYTES_MAX), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise Damaged(f"{what}: {path} is missing") from None
     except (ValueError, RecursionError) as error:
@@ -230,11 +252,17 @@ class Disk:
             os.fsync(file.fileno())
 
     def append(self, path: Path, data: bytes) -> None:
-        with path.open("ab") as file:
-            file.write(data)
+        """Raises Damaged when `path` is no plain file, FileNotFoundError when its folder is gone."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        try:
+            _refuse_unplain(path, descriptor)
+            with open(descriptor, "ab", closefd=False) as file:
+                file.write(data)
+        finally:
+            os.close(descriptor)
 
     def sync_file(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             os.fsync(descriptor)
         finally:
@@ -255,9 +283,13 @@ class Disk:
 
     # --- publishing -------------------------------------------------------------------------------------------------
 
-    def publish_file(self, path: Path, data: bytes) -> None:
-        """Make `path` hold `data`, whole or not at all; an older file of that name is replaced."""
-        self.make_folder(path.parent)
+    def publish_file(self, path: Path, data: bytes, *, make_folder: bool = True) -> None:
+        """Make `path` hold `data`, whole or not at all; an older file of that name is replaced.
+
+        make_folder: the folder is made where it is missing; else that raises FileNotFoundError.
+        """
+        if make_folder:
+            self.make_folder(path.parent)
         staged = path.parent / f"{STAGING_PREFIX}{path.name}-{secrets.token_hex(4)}"
         try:
             self.write(staged, data)
@@ -298,7 +330,6 @@ class Disk:
 
     def append_line(self, path: Path, line: str) -> None:
         """Append one line of a log. Logs are not part of the commit protocol: a reader drops a torn last line."""
-        self.make_folder(path.parent)
         self.append(path, line.encode() + b"\n")
 
     def cut_log(self, path: Path, last_step: int) -> None:
@@ -350,11 +381,14 @@ class Disk:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a `.jsonl` log, without a torn last line; an absent file reads as empty."""
-    if not path.exists():
+    """The JSON objects of a `.jsonl` log, without a torn last line; an absent file reads as empty. Raises Damaged when
+    it is no plain file."""
+    try:
+        data = read_file(path, LOG_BYTES_MAX)
+    except FileNotFoundError:
         return []
     rows: list[dict[str, Any]] = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in data.split(b"\n")[:-1]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

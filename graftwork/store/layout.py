@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,20 @@ class RunTree:
         """The tree in a folder named `run_<id>`. Raises BadRunId."""
         folder = Path(folder).absolute()
         return RunTree(RunId.of_folder(folder), folder)
+
+    def folder_id(self) -> tuple[int, int] | None:
+        """(device, inode): tells a folder from another that was made under its name; None while there is none."""
+        try:
+            facts = self.root.lstat()
+        except OSError:
+            return None
+        return (facts.st_dev, facts.st_ino) if stat.S_ISDIR(facts.st_mode) else None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder of the run, its own first."""
+        names = ("control", "rollouts", "broadcasts", "checkpoints", ".trash")
+        return (self.root, *(self.root / name for name in names))
 
     @property
     def orch_toml(self) -> Path:
@@ -161,6 +176,8 @@ class OutputTree:
         errors: list[BadRunId] = []
         for folder in self._run_folders():
             try:
+                if folder.is_symlink():
+                    raise BadRunId("it is a symbolic link; a run is a folder of its own")
                 trees.append(self.run(RunId.of_folder(folder)))
             except BadRunId as error:
                 errors.append(BadRunId(f"{folder}: {error}; the folder is left alone"))

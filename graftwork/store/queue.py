@@ -192,6 +192,8 @@ def _refuse_too_large(folder: Path, step: int, most: BatchSize | None) -> None:
 def _split(columns: dict[str, NDArray[Any]], versions: int, folder: Path) -> tuple[Rollout, ...]:
     """Columns back to rollouts. Raises BadBatch when their lengths or dtypes contradict one another."""
     offsets = columns["offsets"]
+    if offsets.ndim != 1 or offsets.dtype != "int64":
+        raise BadBatch(f"{folder}: offsets is {offsets.dtype}{list(offsets.shape)}, expected int64[rollouts + 1]")
     expected = {
         "token_ids": ("int32", int(offsets[-1])), "loss_mask": ("uint8", int(offsets[-1])),
         "logprobs": ("float32", int(offsets[-1])), "version_index": ("int32", int(offsets[-1])),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from graftwork.errors import Damaged
-from graftwork.store.disk import Disk
+from graftwork.store.disk import Disk, dump_json, read_file
 from graftwork.store.layout import RunId, RunTree
 
 State = Literal["queued", "active", "finished", "failed", "evicted", "stopped"]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+STATUS_BYTES_MAX = 2**20
+REASON_CHARACTERS_MAX = 2000
 TERMINAL: frozenset[State] = frozenset({"finished", "failed", "evicted", "stopped"})
 
 
@@ -27,14 +30,14 @@ class Status:
     run: str
     state: State
     orch_digest: str
-    arrival: int
+    arrival: Count
     admitted: bool = False
-    slot: int | None = None
-    step: int | None = None
-    start_step: int | None = None
-    wanted_batch: int | None = None
+    slot: Count | None = None
+    step: Count | None = None
+    start_step: Count | None = None
+    wanted_batch: Count | None = None
     reason: str | None = None
-    place: int | None = None
+    place: Count | None = None
 
     def is_of(self, run: RunId, orch_digest: str | None) -> bool:
         """Whether it is about this very run under this very orch.toml; a copied folder brings another run's status."""
@@ -45,7 +48,7 @@ def read_status(tree: RunTree) -> Status | None:
     """None if there is none. Raises Damaged, naming the file."""
     path = tree.status_json
     try:
-        return TypeAdapter(Status).validate_json(path.read_bytes(), strict=True)
+        return TypeAdapter(Status).validate_json(read_file(path, STATUS_BYTES_MAX), strict=True)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -58,4 +61,12 @@ def read_status(tree: RunTree) -> Status | None:
 
 
 def write_status(disk: Disk, tree: RunTree, status: Status) -> None:
-    disk.publish_json(tree.status_json, asdict(status))
+    """Raises FileNotFoundError when the run's control folder is gone: a run that was removed does not come back."""
+    disk.publish_file(tree.status_json, dump_json(asdict(status)), make_folder=False)
+
+
+def as_reason(text: object) -> str:
+    """What went wrong, as a status may hold it: it may quote a batch or a file of anyone's making."""
+    shown = str(text).encode("utf-8", "replace").decode()
+    cut = REASON_CHARACTERS_MAX
+    return shown if len(shown) <= cut else f"{shown[:cut]}... ({len(shown)} characters)"

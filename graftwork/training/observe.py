@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftwork.config.load import build, digest, parse_toml
 from graftwork.config.schema import RunConfig
 from graftwork.errors import ConfigError, Damaged
+from graftwork.store.disk import read_file
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.status import Status, read_status
 from graftwork.training.runs import ABSENT, Seat, SeenRun, World
@@ -38,13 +39,14 @@ class Observer:
         return World(runs)
 
     def _look_at(self, tree: RunTree, seat: Seat | None) -> SeenRun:
-        stamps = _stamps(tree)
+        stamps, folder_id = _stamps(tree), tree.folder_id()
         if seat is None and stamps is not None and tree.id in self.ended and self.ended[tree.id][0] == stamps:
             return self.ended[tree.id][1]
         try:
             seen = read_run(tree, seat)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, Damaged) as error:
             seen = _unreadable(tree, f"cannot be read ({error})")
+        seen = replace(seen, folder_id=folder_id)
         self.ended.pop(tree.id, None)
         if seen.settled and stamps is not None and _is_old(stamps):
             self.ended[tree.id] = stamps, seen
@@ -55,9 +57,7 @@ def read_run(tree: RunTree, seat: Seat | None) -> SeenRun:
     """What one folder says. Of a run that is seated under this very orch.toml nothing else matters."""
     if not tree.orch_toml.is_file():
         return _unreadable(tree, ABSENT if not tree.orch_toml.exists() else "is not a file")
-    if (size := tree.orch_toml.stat().st_size) > ORCH_TOML_BYTES_MAX:
-        return _unreadable(tree, f"has {size} bytes, at most {ORCH_TOML_BYTES_MAX} are read")
-    data = tree.orch_toml.read_bytes()
+    data = read_file(tree.orch_toml, ORCH_TOML_BYTES_MAX)
     orch_digest = digest(data)
     if seat is not None and seat.orch_digest == orch_digest:
         return SeenRun(tree, orch_digest, None, None, (), None)

@@ -38,10 +38,11 @@ class Retention:
     """Retires what is no longer needed. It asks for folders by name: a flood of batches that nobody waits for costs
     nothing. A folder that cannot be deleted is a matter of disk space, not of the run: it is logged and left."""
 
-    def __init__(self, disk: Disk, tree: RunTree, config: RunConfig) -> None:
+    def __init__(self, disk: Disk, tree: RunTree, config: RunConfig, step: int) -> None:
+        """step: that the run is at. Later batches are counted when they were consumed."""
         self.disk, self.tree, self.config = disk, tree, config
-        self.oldest_batch = min(stable_steps(tree.rollouts), default=0)
-        self.oldest_version = min(stable_steps(tree.broadcasts), default=0)
+        self.batches = [old for old in stable_steps(tree.rollouts) if old <= step]
+        self.versions = [*(old for old in stable_steps(tree.broadcasts) if old < step), step]
 
     def sweep(self) -> None:
         """Finish what a killed trainer had begun to retire."""
@@ -51,14 +52,14 @@ class Retention:
             self._leave(self.tree.trash, error)
 
     def tidy(self, step: int, newest_checkpoint: int) -> None:
-        """After a version was published."""
+        """After a step: its batch was consumed, its version published."""
+        self.batches.append(step)
+        self.versions.append(step)
         bounds = needed(self.config, step, newest_checkpoint)
-        for old in range(self.oldest_batch, bounds.batch):
-            self._retire(self.tree.batch(old))
-        for old in range(self.oldest_version, bounds.version):
-            self._retire(self.tree.broadcast(old))
-        self.oldest_batch = max(self.oldest_batch, bounds.batch)
-        self.oldest_version = max(self.oldest_version, bounds.version)
+        while self.batches and self.batches[0] < bounds.batch:
+            self._retire(self.tree.batch(self.batches.pop(0)))
+        while self.versions and self.versions[0] < bounds.version:
+            self._retire(self.tree.broadcast(self.versions.pop(0)))
 
     def tidy_checkpoints(self) -> None:
         """After a checkpoint was published."""

@@ -20,7 +20,7 @@ from graftwork.store.status import TERMINAL, Status
 @dataclass(frozen=True)
 class SeenRun:
     """One run folder. orch_digest None: orch.toml is absent or unreadable, and `unreadable` says how. config_error:
-    readable and wrong."""
+    readable and wrong. folder_id: of the folder, see RunTree."""
 
     tree: RunTree
     orch_digest: str | None
@@ -29,6 +29,7 @@ class SeenRun:
     checkpoints: tuple[int, ...]
     status: Status | None
     unreadable: str | None = None
+    folder_id: tuple[int, int] | None = None
 
     @property
     def settled(self) -> bool:
@@ -44,13 +45,14 @@ class World:
 
 @dataclass(frozen=True)
 class Seat:
-    """A run that holds a slot, and the orch.toml that it was admitted under. doubted: that file could not be read in
-    the last pass."""
+    """A run that holds a slot, the folder and the orch.toml that it was admitted under. doubted: that file could not be
+    read in the last pass."""
 
     slot: int
     orch_digest: str
     arrival: int
     doubted: bool = False
+    folder_id: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class End:
 class Release:
     """Take a slot back.
 
-    removed       the folder is gone
+    removed       the folder is gone, or another stands in its place
     reconfigured  its orch.toml changed; the run comes up anew
     stopped       its orch.toml asks for it: checkpoint first
     unreadable    its orch.toml cannot be read, twice in a row: `evicted`, checkpoint first
@@ -154,7 +156,7 @@ def reconcile(world: World, memory: Memory) -> list[Action]:
 def _why_release(
     seen: SeenRun | None, seat: Seat
 ) -> Literal["removed", "reconfigured", "stopped", "unreadable", "absent"] | None:
-    if seen is None:
+    if seen is None or seen.folder_id != seat.folder_id:
         return "removed"
     if seen.orch_digest is None:
         if not seat.doubted:

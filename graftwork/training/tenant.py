@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,18 +14,29 @@ from graftwork.config.schema import RunConfig
 from graftwork.errors import BadBatch, RunError, StaleBatch
 from graftwork.store.chain import Link, append_link, begin_chain
 from graftwork.store.checkpoint import Checkpoint, save_checkpoint
-from graftwork.store.disk import Disk, Manifest, Staging, json_line
+from graftwork.store.disk import Disk, Manifest, Staging, is_stable, json_line
 from graftwork.store.layout import RunTree, stable_steps, step_folder
 from graftwork.store.queue import BatchSize, Version, publish_version, read_batch, read_version
-from graftwork.store.status import State, Status, write_status
+from graftwork.store.status import State, Status, as_reason, write_status
 from graftwork.training.batches import BatchLimits, examples_of
 from graftwork.training.learner import Learner
 from graftwork.training.metrics import Work, metrics_row
 from graftwork.training.packer import MicroBatch
 from graftwork.training.retention import Retention
+from graftwork.training.runs import Seat
 
 Clock = Callable[[], float]
 """Seconds, monotonic."""
+
+
+log = logging.getLogger(__name__)
+
+
+def refuse_links(tree: RunTree) -> None:
+    """Raises RunError, naming the first folder of the run that is a symbolic link."""
+    for folder in tree.folders:
+        if folder.is_symlink():
+            raise RunError(f"run {tree.id}: {folder} is a symbolic link; a run's folders are its own")
 
 
 class Tenant:
@@ -38,7 +50,8 @@ class Tenant:
         self.disk, self.tree, self.config, self.status, self.learner = disk, tree, config, status, learner
         self.max_tokens, self.clock = max_tokens, clock
         self.facts = AdapterFacts(config.model.path, learner.state.base_fingerprint)
-        self.retention = Retention(disk, tree, config)
+        self.retention = Retention(disk, tree, config, learner.state.step)
+        self.folder_id = tree.folder_id()
         self.orchestrator_state: dict[str, Any] | None = None
         self.known: dict[int, list[str]] = {int(k): list(v) for k, v in learner.state.known_digests.items()}
         self.newest_checkpoint = 0
@@ -57,6 +70,10 @@ class Tenant:
         return self.step >= self.config.max_steps
 
     @property
+    def seat(self) -> Seat:
+        return Seat(self.learner.slot, self.status.orch_digest, self.status.arrival, self.doubted, self.folder_id)
+
+    @property
     def may_share(self) -> bool:
         """Whether its micro-batches may be learnt together with those of other runs."""
         return self.config.isolation == "mixed" and not (self.work is not None and self.work.alone)
@@ -73,6 +90,7 @@ class Tenant:
 
         go_back: the run was told to resume from this step, so later ones are set aside.
         """
+        self._must_be_there()
         for folder in (self.tree.checkpoints, self.tree.broadcasts):
             self.disk.sweep(folder)
         self.retention.sweep()
@@ -142,6 +160,9 @@ class Tenant:
     def _take_batch(self) -> Work | None:
         step = self.step + 1
         rollouts = self.config.sampling.prompts_per_step * self.config.sampling.samples_per_prompt
+        if not is_stable(self.tree.batch(step)):
+            return None
+        self._must_be_there()
         try:
             found = read_batch(self.tree, step, BatchSize(rollouts, rollouts * self.max_tokens))
             if found is None:
@@ -150,13 +171,21 @@ class Tenant:
             examples = examples_of(batch, self._limits())
         except StaleBatch as stale:
             self.disk.quarantine(self.tree.batch(step), self.tree.trash)
-            self.say("active", reason=str(stale))
+            self.say("active", reason=as_reason(stale))
             return None
         except BadBatch:
-            self._must_be_there()
-            self.disk.quarantine(self.tree.batch(step), self.tree.trash)
+            self._set_aside(step)
             raise
         return Work(batch, digest, examples, self.learner.plan(examples)[::-1], self.clock())
+
+    def _set_aside(self, step: int) -> None:
+        """A batch that is at fault: a resume must not meet it again. That this cannot be done is said, but the batch's
+        own fault is the reason for the end of the run."""
+        self._must_be_there()
+        try:
+            self.disk.quarantine(self.tree.batch(step), self.tree.trash)
+        except OSError as error:
+            log.warning("run %s: batch %d cannot be set aside: %s", self.tree.id, step, error)
 
     def _limits(self) -> BatchLimits:
         return BatchLimits(
@@ -186,9 +215,11 @@ class Tenant:
         return Link(self.step, str(self.tree.id), batch, version.digest, chain, skipped)
 
     def _must_be_there(self) -> None:
-        """A folder that somebody removed must not come back because we write into it."""
-        if not self.tree.root.is_dir():
+        """A folder that somebody removed must not come back because we write into it, and what is a link may lead into
+        another run's."""
+        if self.tree.folder_id() != self.folder_id:
             raise RunError(f"run {self.tree.id}: its folder {self.tree.root} is gone; the slot is given back")
+        refuse_links(self.tree)
 
     def _publish(self, *, skipped: bool) -> Version:
         self._must_be_there()
@@ -218,9 +249,9 @@ class Tenant:
             write_snapshot(staging, self.learner.snapshot(self.orchestrator_state), self.facts)
 
         self._must_be_there()
-        for log in (self.tree.chain_jsonl, self.tree.metrics_jsonl):
-            if log.exists():
-                self.disk.sync_file(log)  # so that the lines up to a checkpoint are as durable as it is
+        for path in (self.tree.chain_jsonl, self.tree.metrics_jsonl):
+            if path.exists():
+                self.disk.sync_file(path)  # so that the lines up to a checkpoint are as durable as it is
         save_checkpoint(self.disk, self.tree.checkpoints, self.step, fill)
         self.newest_checkpoint = self.step
         self.retention.tidy_checkpoints()

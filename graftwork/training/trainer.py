@@ -24,7 +24,7 @@ from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel
 from graftwork.store.disk import Claim, Disk
 from graftwork.store.layout import OutputTree, RunId
-from graftwork.store.status import TERMINAL, State, Status, write_status
+from graftwork.store.status import TERMINAL, State, Status, as_reason, write_status
 from graftwork.training.fairness import DeficitRoundRobin
 from graftwork.training.learner import Banks, Learner, LearnerConfig, Part, learn
 from graftwork.training.liveness import Liveness
@@ -37,7 +37,6 @@ from graftwork.training.runs import (
     FromCheckpoint,
     Memory,
     Release,
-    Seat,
     SeenRun,
     Start,
     World,
@@ -45,17 +44,20 @@ from graftwork.training.runs import (
     waits,
 )
 from graftwork.training.start import prepare_for, starting_point
-from graftwork.training.tenant import Clock, Tenant
+from graftwork.training.tenant import Clock, Tenant, refuse_links
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def unforeseen(error: Exception) -> str:
+    """The reason of a run that a bug ended."""
+    return as_reason(f"an error that nobody foresaw: {type(error).__name__}: {error}; the trainer's log has more")
 
 
 def door_at(path: str | None) -> InMemory | None:
     """The trainer's own init adapter, read once. Raises AdapterError."""
     return None if path is None else read_peft(Path(path))
-
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -137,10 +139,7 @@ class Trainer:
         return self.some_ended and not waits(self.observer.look(memory.seats), memory)
 
     def _memory(self) -> Memory:
-        seats = {
-            run: Seat(tenant.learner.slot, tenant.status.orch_digest, tenant.status.arrival, tenant.doubted)
-            for run, tenant in self.tenants.items()
-        }
+        seats = {run: tenant.seat for run, tenant in self.tenants.items()}
         return Memory(self.config.slots, seats, self.unwritten)
 
     def _seated(self) -> list[Tenant]:
@@ -222,7 +221,7 @@ class Trainer:
             self._end(tenant, "evicted", reason, checkpoint=True)
         elif tenant.finished:
             self._end(tenant, "finished", None)
-        elif tenant.seconds_without_batch > config.max_batch_wait_seconds:
+        elif tenant.seconds_without_batch > config.max_batch_wait_seconds and tenant.head() is None:
             reason = (
                 f"no batch {tenant.step + 1} for {config.max_batch_wait_seconds:g} seconds (max_batch_wait_seconds)"
             )
@@ -239,13 +238,10 @@ class Trainer:
         try:
             return work()
         except (GraftworkError, OSError) as error:
-            self._end(tenant, "failed", str(error))
+            self._end(tenant, "failed", as_reason(error))
         except Exception as error:
             log.exception("run %s: a bug, in its turn", tenant.tree.id)
-            reason = (
-                f"an error that nobody foresaw: {type(error).__name__}: {error}; the trainer's log has the traceback"
-            )
-            self._end(tenant, "failed", reason)
+            self._end(tenant, "failed", unforeseen(error))
         return None
 
     # --- actions ------------------------------------------------------------------------------------------------------
@@ -296,16 +292,16 @@ class Trainer:
         admitted = old is not None and old.is_of(seen.tree.id, seen.orch_digest) and old.admitted
         step = None if state == "queued" else max(seen.checkpoints, default=None)
         status = Status(str(seen.tree.id), state, seen.orch_digest, arrival, admitted=admitted, step=step,
-                        reason=reason, place=place)  # fmt: skip
+                        reason=None if reason is None else as_reason(reason), place=place)  # fmt: skip
         if status == old:
             return False
         try:
             write_status(self.disk, seen.tree, status)
-        except OSError as error:
+        except (GraftworkError, OSError) as error:
             self._cannot_write(seen.tree.id, seen.orch_digest, error)
         return True
 
-    def _cannot_write(self, run: RunId, orch_digest: str, error: OSError) -> None:
+    def _cannot_write(self, run: RunId, orch_digest: str, error: Exception) -> None:
         self.unwritten[run] = orch_digest
         log.error("run %s: cannot write its status: %s", run, error)
 
@@ -314,14 +310,15 @@ class Trainer:
         assert seen.config is not None and seen.orch_digest is not None
         run = seen.tree.id
         try:
+            refuse_links(seen.tree)
             checkpoint, snapshot = starting_point(self.disk, self.base, self.door, seen, start)
             learner = Learner(self.banks, slot, self._learner_config(seen.config), snapshot)
         except (GraftworkError, OSError) as error:
-            self._refuse(seen, arrival, slot, str(error))
+            self._refuse(seen, arrival, slot, as_reason(error))
             return
         except Exception as error:
             log.exception("run %s: a bug, in its admission", run)
-            self._refuse(seen, arrival, slot, f"an error that nobody foresaw: {type(error).__name__}: {error}")
+            self._refuse(seen, arrival, slot, unforeseen(error))
             return
         status = Status(str(run), "active", seen.orch_digest, arrival, admitted=True, slot=slot)
         max_tokens = min(self.config.tokens_per_micro_batch, self.base.max_positions)
@@ -349,7 +346,7 @@ class Trainer:
         try:
             if tenant.tree.orch_toml.parent.is_dir():
                 tenant.say(state, reason=reason)
-        except OSError as error:
+        except (GraftworkError, OSError) as error:
             self._cannot_write(run, tenant.status.orch_digest, error)
         if not tenant.tree.root.is_dir():
             self.liveness.note_removed(run, tenant.step)

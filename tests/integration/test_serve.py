@@ -116,6 +116,7 @@ def test_children_end_with_serve(server: Server, number: signal.Signals, code: i
 
 def test_runs_that_change_are_told(server: Server) -> None:
     tree, disk = server.outputs.run(RunId("alpha")), Disk()
+    disk.make_folder(tree.status_json.parent)
     write_status(disk, tree, Status("alpha", "active", "a" * 64, 1, admitted=True, slot=0, step=0))
     server.until_said("run alpha: active in slot 0 at step 0")
     write_status(disk, tree, Status("alpha", "failed", "a" * 64, 1, admitted=True, step=3, reason="batch 4 is damaged"))

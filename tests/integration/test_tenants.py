@@ -318,3 +318,49 @@ def test_what_was_being_retired_when_the_trainer_was_killed_is_gone_after_the_ne
     DISK.quarantine(tree.broadcast(1), tree.trash)  # set aside: a person's
     lab.settle(lab.trainer())
     assert [path.name.split("-")[0] for path in tree.trash.iterdir()] == ["step_1"]
+
+
+# --- folders that are not what they seem ------------------------------------------------------------------------------
+
+
+def test_a_folder_made_again_under_the_same_name_is_another_run(lab: Lab) -> None:
+    tree, trainer = lab.run("a"), lab.trainer()
+    lab.feed(tree, trainer, 1)
+    tree.root.rename(tree.root.with_name("kept"))  # so that its inode cannot be given away again
+    lab.run("a")
+    lab.settle(trainer)
+    assert status_of(tree).state == "active" and (status_of(tree).step, status_of(tree).start_step) == (0, 0)
+    lab.feed(tree, trainer, 6)
+    assert status_of(tree).state == "finished"
+
+
+def test_a_run_whose_folder_is_a_link_is_left_alone(lab: Lab) -> None:
+    tree, trainer = lab.run("a"), lab.trainer(slots=2)
+    (lab.outputs.root / "run_b").symlink_to(tree.root)
+    lab.feed(tree, trainer, 6)
+    assert status_of(tree).state == "finished" and len(trainer.outputs.scan()[1]) == 1
+
+
+def test_a_run_with_a_linked_folder_is_refused_before_anything_is_written(lab: Lab) -> None:
+    good, trainer = lab.run("a"), lab.trainer(slots=2)
+    lab.feed(good, trainer, 2)
+    bad = lab.run("b", stop=True)
+    (bad.root / "checkpoints").symlink_to(good.checkpoints)
+    before = sorted(good.root.rglob("*"))
+    lab.run("b", resume=True)
+    lab.settle(trainer)
+    assert status_of(bad).state == "failed" and "is a symbolic link" in str(status_of(bad).reason)
+    assert sorted(good.root.rglob("*")) == before
+
+
+def test_a_batch_that_is_there_counts_however_long_a_pass_took(lab: Lab) -> None:
+    now = [0.0]
+    tree = lab.run("a")
+    trainer = Trainer(lab.trainer().config, lab.base, DISK, None, clock=lambda: now[0])
+    lab.feed(tree, trainer, 1)
+    published = read_version(tree, 1)
+    assert published is not None
+    publish_batch(DISK, tree, random_batch(tree.id, 2, published))
+    now[0] = 10_000.0
+    lab.settle(trainer)
+    assert (status_of(tree).state, status_of(tree).step) == ("active", 2)

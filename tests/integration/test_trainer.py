@@ -248,7 +248,7 @@ def test_a_run_whose_status_cannot_be_written_is_not_tried_again_in_every_pass(l
 
 
 class NoStatus(Disk):
-    def publish_file(self, path: Path, data: bytes) -> None:
+    def publish_file(self, path: Path, data: bytes, *, make_folder: bool = True) -> None:
         raise OSError(28, "No space left on device")
 
 

@@ -94,7 +94,7 @@ def test_a_line_that_is_no_link_is_named(tree: RunTree, line: bytes, said: str) 
 
 def test_a_file_that_cannot_be_read_is_named(tree: RunTree) -> None:
     DISK.make_folder(tree.chain_jsonl)
-    with pytest.raises(Damaged, match=r"chain\.jsonl cannot be read"):
+    with pytest.raises(Damaged, match=r"chain\.jsonl is not a plain file"):
         read_chain(tree)
 
 

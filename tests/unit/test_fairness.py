@@ -30,8 +30,7 @@ from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.queue import Version, publish_batch
 from graftwork.training.fairness import DeficitRoundRobin
 from graftwork.training.tenant import Tenant
-from proofs.neighbour_kinds import TOKENS_PER_MICRO_BATCH, Clock, SceneDisk, made_up_batch
-from proofs.neighbours import Lab
+from proofs.neighbour_lab import TOKENS_PER_MICRO_BATCH, Clock, Lab, SceneDisk, made_up_batch
 
 QUANTUM = 40
 RUNS = tuple(RunId(name) for name in "abcd")

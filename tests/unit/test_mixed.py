@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import VOCAB, random_adapter
 from torch import Tensor
 
 from graftwork.adapters.formats.peft_read import read_peft
@@ -27,8 +26,8 @@ from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.queue import Version, publish_batch, read_version
 from graftwork.training.learner import Banks, Learner, LearnerConfig, Part, learn
 from graftwork.training.packer import Example
-from proofs.neighbour_kinds import Clock, SceneDisk, made_up_batch
-from proofs.neighbours import Lab, status_of
+from proofs.made_up import VOCAB, random_adapter
+from proofs.neighbour_lab import Clock, Lab, SceneDisk, made_up_batch, status_of
 
 BAR = 1e-5
 """Of a run's gradient in a joint micro-batch: how far from its own, over its own."""

@@ -1,6 +1,7 @@
 """What an orchestrator refuses before it samples anything, and how it looks at what the trainer says."""
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from graftwork.store.status import Status, write_status
 
 @pytest.fixture
 def tree(tmp_path: Path) -> RunTree:
-    return RunTree.at(tmp_path / "run_a")
+    tree = RunTree.at(tmp_path / "run_a")
+    Disk().make_folder(tree.status_json.parent)
+    return tree
 
 
 def orchestrator(tree: RunTree) -> Orchestrator:
@@ -58,6 +61,7 @@ def test_a_run_that_failed_ends_it_with_the_trainers_reason(tree: RunTree) -> No
 
 
 def test_a_folder_that_is_gone_ends_it(tree: RunTree) -> None:
+    shutil.rmtree(tree.root)
     with pytest.raises(RunError, match="is gone; the run was removed"):
         orchestrator(tree).look()
 

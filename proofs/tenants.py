@@ -1,0 +1,158 @@
+"""`make proof-tenants`: many runs on one trainer, none able to hurt another; all parts of the claim at full size.
+
+story       alpha, beta and gamma on two slots (proofs/tenants_story.py), replayed and verified
+crowd       64 runs on 8 slots in one `graftwork serve`
+neighbours  a good run beside offenders of every kind, bit-equal to the run alone
+reconcile   sequences of events against a model
+faults      every storage operation fails or is followed by a kill; kill -9 of real processes
+cycles      a thousand runs come and go
+forgeries   planted in the story's folders, found by `graftwork runs verify`
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from graftwork.programs.verify import verify_run
+from graftwork.store.disk import Disk
+from graftwork.store.layout import RunTree
+from proofs import faults, neighbours
+from proofs.cycles import prove_cycles
+from proofs.forgeries import FORGERIES
+from proofs.many_runs import Crowd
+from proofs.reconcile_machine import run_sequences
+from proofs.report import Proof, run_proof
+from proofs.tenants_story import REWARD_BAR, Story
+
+NEIGHBOURS, SEQUENCES, KILLS, CYCLES, RUNS, SLOTS, PROMPTS = 200, 10_000, 50, 1000, 64, 8, 64
+FORGERIES_ASKED, KINDS_ASKED = 10, 12
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/proof_tenants"))
+    parser.add_argument("--only", choices=PARTS, help="one part; the report is then not ok, as the others were skipped")
+    options = parser.parse_args()
+    print(f"proof tenants, seed {options.seed}: replay with --seed {options.seed}", flush=True)
+    return run_proof(Proof("tenants"), lambda proof: prove(proof, options))
+
+
+def prove(proof: Proof, options: argparse.Namespace) -> None:
+    folder: Path = options.folder.absolute()
+    if folder.exists():
+        Disk().quarantine(folder, folder.parent / ".trash")
+    folder.mkdir(parents=True)
+    proof.figures["seed"] = options.seed
+    seconds = proof.figures["seconds"] = {}
+    for name, part in PARTS.items():
+        if options.only not in (None, name):
+            proof.check(False, f"{name}: skipped")
+            continue
+        began = time.monotonic()
+        part(proof, folder, options.seed)
+        seconds[name] = round(time.monotonic() - began, 1)
+        print(f"{name}: {seconds[name]} s", flush=True)
+
+
+def adapter_in(folder: Path) -> Path:
+    """An SFT adapter, made when the first part needs it."""
+    adapter = folder / "sft" / "adapter"
+    if not adapter.is_dir():
+        command = [sys.executable, "-m", "graftwork", "sft", "examples/reverse_text/sft.toml"]
+        subprocess.run([*command, "--output_dir", str(adapter.parent)], check=True, capture_output=True)
+    return adapter
+
+
+def prove_story(proof: Proof, folder: Path, seed: int) -> None:
+    story = Story(folder / "story", prompts=PROMPTS, flags=("--seed", str(seed)))
+    story.tell(adapter_in(folder))
+    for what, held in story.seen.items():
+        proof.check(held, f"story: not so: {what}")
+    rewards = story.rewards()
+    proof.figures["story: reward of the last steps"] = {name: round(reward, 3) for name, reward in rewards.items()}
+    for name, reward in rewards.items():
+        proof.check(reward > REWARD_BAR, f"story: {name} reached {reward:.3f}, not {REWARD_BAR}")
+    for what, wrong in (("replayed alone, every digest the same", story.replayed()), ("verified", story.verified())):
+        for run, differences in wrong.items():
+            proof.check(not differences, f"story: {run} {what}: {'; '.join(differences)}")
+        proof.count(f"story: runs {what}", len(story.trees()), sum(not differences for differences in wrong.values()))
+    prove_forgeries(proof, folder, story.tree("gamma"), story.tree("beta"))
+
+
+def prove_forgeries(proof: Proof, folder: Path, good: RunTree, other: RunTree) -> None:
+    """Each on a copy of the run; the file must be named."""
+    found = 0
+    for forgery in FORGERIES:
+        copy = RunTree.at(Path(shutil.copytree(good.root, folder / "forged" / good.root.name)))
+        forged = forgery.plant(copy, other)
+        named = any(str(forged) in finding for finding in verify_run(copy).findings)
+        proof.check(named, f"forgery not found: {forgery.name}")
+        found += named
+        shutil.rmtree(copy.root)
+    proof.count("forgeries found and named", max(len(FORGERIES), FORGERIES_ASKED), found)
+
+
+def prove_crowd(proof: Proof, folder: Path, seed: int) -> None:
+    crowd = Crowd(folder / "crowd", RUNS, SLOTS, adapter_in(folder))
+    crowd.go()
+    proof.count(f"crowd: runs finished on {SLOTS} slots in one serve", RUNS, crowd.finished())
+    proof.count("crowd: runs verified", RUNS, crowd.verified())
+    proof.count("crowd: slots in use at once", SLOTS, crowd.most_active())
+    proof.figures["crowd: times that `graftwork runs` was read"] = len(crowd.tables)
+    table = crowd.tables[len(crowd.tables) // 2]
+    Disk().publish_file(folder / "runs.txt", table.encode())
+
+
+def prove_neighbours(proof: Proof, folder: Path, seed: int) -> None:
+    figures = neighbours.scenarios(NEIGHBOURS, seed)
+    proof.failures += figures.failures
+    proof.count("neighbours: scenarios in which the good run is bit-equal to itself alone", NEIGHBOURS, figures.done)
+    proof.count("neighbours: kinds of offenders", KINDS_ASKED, len(figures.kinds))
+    proof.figures["neighbours: scenarios by kind"] = dict(figures.kinds)
+
+
+def prove_reconcile(proof: Proof, folder: Path, seed: int) -> None:
+    figures = run_sequences(SEQUENCES, seed)
+    proof.count("reconcile: sequences", SEQUENCES, figures["sequences"])
+    proof.figures["reconcile"] = figures
+
+
+def prove_faults(proof: Proof, folder: Path, seed: int) -> None:
+    logging.disable(logging.CRITICAL)
+    with faults.scratch() as workload:
+        swept = {
+            "faults": faults.sweep(faults.KINDS, "all", seed, workload),
+            "faults at a restart": faults.sweep_restarts(faults.KINDS, "all", seed, workload),
+            "kill -9": faults.real_kills(KILLS, seed, workload),
+        }
+    logging.disable(logging.NOTSET)
+    for name, figures in swept.items():
+        proof.failures += figures.failures
+        proof.figures[f"{name}: storage operations"] = figures.operations
+        for kind, asked in figures.asked.items():
+            proof.count(f"{name}: {kind}", asked, figures.done[kind])
+
+
+def prove_many_cycles(proof: Proof, folder: Path, seed: int) -> None:
+    prove_cycles(proof, CYCLES)
+
+
+PARTS: dict[str, Callable[[Proof, Path, int], None]] = {
+    "story": prove_story,
+    "crowd": prove_crowd,
+    "neighbours": prove_neighbours,
+    "reconcile": prove_reconcile,
+    "faults": prove_faults,
+    "cycles": prove_many_cycles,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
