@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.formats.peft_write import peft_files
 from graftwork.adapters.formats.tensor_file import tensor_chunks
 from graftwork.adapters.prepare import PreparedInitAdapter
+from graftwork.adapters.report import REPORT_NAME
 from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import AdapterError, CannotResume, Damaged
 from graftwork.store.checkpoint import WEIGHT, Checkpoint, Cursor, TrainerState
@@ -73,6 +75,14 @@ def snapshot_of(
         base_fingerprint=base_fingerprint,
     )
     return Snapshot(state, prepared.adapter, None, None, None, companions or {})
+
+
+def is_unfitted(folder: Path) -> bool:
+    """Whether a checkpoint is a step_0 that the converter made without sight of any slots: its report says so. What it
+    holds is then the adapter as it was, which whoever starts from it brings to the slots."""
+    path = folder / REPORT_NAME
+    report = read_json(path, "import report") if path.is_file() else None
+    return isinstance(report, dict) and report.get("checked") is False
 
 
 def write_snapshot(staging: Staging, snapshot: Snapshot, facts: AdapterFacts, ranks: int = 1) -> None:

@@ -119,7 +119,7 @@ def _parse_flags(section: type[BaseModel], flags: Sequence[str]) -> dict[str, An
 
 
 def _refuse_unknown_flags(section: type[BaseModel], overrides: Sequence[str]) -> None:
-    known = list(keys(section))
+    known = list(keys(section)) if overrides else []
     for argument in overrides:
         if not argument.startswith("--"):
             continue

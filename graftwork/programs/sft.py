@@ -26,7 +26,7 @@ from graftwork.store.layout import stable_steps
 from graftwork.training.learner import Banks, Learner, LearnerConfig
 from graftwork.training.packer import Example
 from graftwork.training.sft_data import conversations, digest_of_examples, example_of
-from graftwork.training.start import bring_step_0, make_step_0, open_start
+from graftwork.training.start import make_step_0, open_start
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +92,9 @@ def start(disk: Disk, config: SftConfig, base: BaseModel) -> Learner:
     if not steps and not config.resume:
         made = make_step_0(disk, checkpoints, base, source, config.adapter, config.seed, facts, companions)
         said = lines_of(made.report)
-    elif not config.resume:
-        said = bring_step_0(disk, checkpoints, base, config.adapter, config.seed, facts)
     for line in said:
         log.info("sft: start: %s", line)
-    _, snapshot = open_start(checkpoints, None, base, config.adapter, needs_reference=False)
+    _, snapshot = open_start(checkpoints, None, base, config.adapter, config.seed, needs_reference=False)
     if source is not None and snapshot.state.start.get("source_digest") != digest_of(source):
         raise ConfigError(
             f"{checkpoints}/step_0 is not made from {config.init_adapter_path}; move it away, or drop that setting"

@@ -235,6 +235,22 @@ class Claim:
         os.close(self.descriptor)
 
 
+class Pin:
+    """Keeps a folder's inode from being given to another one, for as long as it is held: so that (device, inode) tells
+    the folder from one that was made under its name. Raises OSError when there is no such folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()
+
+
 class Disk:
     """Primitives first (a twin overrides these), then what the rest of the system calls."""
 

@@ -44,11 +44,14 @@ class Status:
         return (self.run, self.orch_digest) == (str(run), orch_digest)
 
 
+STATUS: TypeAdapter[Status] = TypeAdapter(Status)
+
+
 def read_status(tree: RunTree) -> Status | None:
     """None if there is none. Raises Damaged, naming the file."""
     path = tree.status_json
     try:
-        return TypeAdapter(Status).validate_json(read_file(path, STATUS_BYTES_MAX), strict=True)
+        return STATUS.validate_json(read_file(path, STATUS_BYTES_MAX), strict=True)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -58,6 +58,8 @@ def read_run(tree: RunTree, seat: Seat | None) -> SeenRun:
     if not tree.orch_toml.is_file():
         return _unreadable(tree, ABSENT if not tree.orch_toml.exists() else "is not a file")
     data = read_file(tree.orch_toml, ORCH_TOML_BYTES_MAX)
+    if not data.strip():
+        return _unreadable(tree, "is empty")
     orch_digest = digest(data)
     if seat is not None and seat.orch_digest == orch_digest:
         return SeenRun(tree, orch_digest, None, None, (), None)
@@ -73,7 +75,7 @@ def read_run(tree: RunTree, seat: Seat | None) -> SeenRun:
 
 
 def _unreadable(tree: RunTree, how: str) -> SeenRun:
-    return SeenRun(tree, None, None, None, (), None, how)
+    return SeenRun(tree, None, None, None, (), _status(tree), how)
 
 
 def _status(tree: RunTree) -> Status | None:

@@ -56,23 +56,28 @@ class Retention:
         self.batches.append(step)
         self.versions.append(step)
         bounds = needed(self.config, step, newest_checkpoint)
-        while self.batches and self.batches[0] < bounds.batch:
-            self._retire(self.tree.batch(self.batches.pop(0)))
-        while self.versions and self.versions[0] < bounds.version:
-            self._retire(self.tree.broadcast(self.versions.pop(0)))
+        self._retire_before(bounds.batch, self.batches, self.tree.rollouts)
+        self._retire_before(bounds.version, self.versions, self.tree.broadcasts)
 
     def tidy_checkpoints(self) -> None:
         """After a checkpoint was published."""
         for old in stable_steps(self.tree.checkpoints)[: -self.config.retention.checkpoints]:
             self._retire(step_folder(self.tree.checkpoints, old))
 
-    def _retire(self, folder: Path) -> None:
+    def _retire_before(self, bound: int, steps: list[int], parent: Path) -> None:
+        """In order: what cannot go now is tried again after the next step, and leaves no hole behind it."""
+        while steps and steps[0] < bound and self._retire(step_folder(parent, steps[0])):
+            steps.pop(0)
+
+    def _retire(self, folder: Path) -> bool:
+        """Whether it is gone."""
         if not folder.exists():
-            return
+            return True
         try:
             self.disk.retire(folder, self.tree.trash)
         except OSError as error:
             self._leave(folder, error)
+        return not folder.exists()
 
     def _leave(self, folder: Path, error: OSError) -> None:
         log.warning("run %s: %s is no longer needed and cannot be deleted: %s", self.tree.id, folder, error)

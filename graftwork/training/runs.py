@@ -217,7 +217,9 @@ def choose_start(seen: SeenRun) -> Start | str | None:
     config, newest = seen.config, max(seen.checkpoints, default=None)
     if config is None:
         return seen.config_error or "its orch.toml cannot be read"
-    if was_admitted(seen) and newest is not None:
+    if was_admitted(seen):
+        if newest is None:
+            return f"it held a slot, and {seen.tree.checkpoints} holds no checkpoint any more; nothing was started"
         return FromCheckpoint(None)
     if config.resume:
         if newest is None:

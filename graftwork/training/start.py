@@ -13,15 +13,14 @@ from pathlib import Path
 from graftwork.adapters.companions import Companions
 from graftwork.adapters.formats.untrusted import listed
 from graftwork.adapters.prepare import PreparedInitAdapter, Wish, fresh, places_of, prepare, refuse_other_base
-from graftwork.adapters.report import REPORT_NAME, lines_of
-from graftwork.adapters.snapshot import Snapshot, read_snapshot, snapshot_of, write_snapshot
+from graftwork.adapters.report import lines_of
+from graftwork.adapters.snapshot import Snapshot, is_unfitted, read_snapshot, snapshot_of, write_snapshot
 from graftwork.adapters.source import AdapterFacts, AdapterSource, InMemory
 from graftwork.config.schema import AdapterConfig
 from graftwork.errors import CannotResume, MisfitAdapter
 from graftwork.model.base import BaseModel
 from graftwork.store.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from graftwork.store.disk import Disk, Staging, read_json
-from graftwork.store.layout import stable_steps, step_folder
+from graftwork.store.disk import Disk
 from graftwork.training.runs import FromCheckpoint, SeenRun, Start, was_admitted
 
 log = logging.getLogger(__name__)
@@ -41,12 +40,12 @@ def starting_point(
     said: list[str] = []
     if not isinstance(start, FromCheckpoint):
         said = lines_of(make_step_0(disk, tree.checkpoints, base, door, config.adapter, config.seed, facts).report)
-    elif not was_admitted(seen):
-        said = bring_step_0(disk, tree.checkpoints, base, config.adapter, config.seed, facts)
     for line in said:
         log.info("run %s: step_0: %s", tree.id, line)
     needs_reference = config.loss.kl_coefficient > 0
-    checkpoint, snapshot = open_start(tree.checkpoints, step, base, config.adapter, needs_reference=needs_reference)
+    checkpoint, snapshot = open_start(
+        tree.checkpoints, step, base, config.adapter, config.seed, needs_reference=needs_reference
+    )
     if snapshot.state.skipped_in_a_row >= config.max_skipped_steps and not was_admitted(seen):
         # It was evicted for this, and somebody asked for another try: it gets all its tries.
         snapshot = replace(snapshot, state=replace(snapshot.state, skipped_in_a_row=0))
@@ -81,46 +80,36 @@ def prepare_for(base: BaseModel, source: AdapterSource, wish: AdapterConfig, see
     return prepare(source, base.spec, Wish(wish.rank, wish.alpha, wish.allow_lossy, seed, wish.target_modules))
 
 
-def bring_step_0(
-    disk: Disk, checkpoints: Path, base: BaseModel, wish: AdapterConfig, seed: int, facts: AdapterFacts
-) -> list[str]:
-    """A step_0 that the converter made without sight of any slots, brought to these: their modules, the run's rank and
-    alpha, as an import is. The old one goes to the trash, the new one is published in its place, once.
+def _brought(checkpoint: Checkpoint, base: BaseModel, wish: AdapterConfig, seed: int) -> Snapshot:
+    """What a run starts from at this checkpoint: what it holds; but of a step_0 that the converter made without sight
+    of any slots, its adapter brought to these: their modules, the run's rank and alpha, as an import is.
 
-    Returns what was done, for the log; nothing when there was nothing to do. Raises AdapterError, CannotResume.
+    The folder stays as it is. Whoever starts from it brings it again, to the same bits: so there is no moment at which
+    a run has no step_0. Raises AdapterError.
     """
-    report_path = step_folder(checkpoints, 0) / REPORT_NAME
-    if stable_steps(checkpoints) != [0] or not report_path.is_file():
-        return []
-    checkpoint = open_checkpoint(checkpoints, 0)
-    earlier = read_json(report_path, "import report")
-    if not isinstance(earlier, dict) or earlier.get("checked") is not False:
-        return []
     snapshot = read_snapshot(checkpoint)
+    if not is_unfitted(checkpoint.path):
+        return snapshot
     refuse_other_base(str(checkpoint.path), snapshot.state.base_fingerprint, base.fingerprint)
     prepared = prepare_for(base, InMemory(snapshot.adapter), wish, seed)
+    for line in lines_of(prepared.report):
+        log.info("%s: %s", checkpoint.path, line)
     brought = snapshot_of(prepared, base.fingerprint, snapshot.companions)
-    brought = replace(brought, state=replace(brought.state, start=snapshot.state.start))
-    kept = {name: earlier.get(name) for name in ("source", "source_digest", "format", "asked")}
-
-    def fill(staging: Staging) -> None:
-        write_snapshot(staging, brought, facts)
-        staging.write_json(REPORT_NAME, {**prepared.report, **kept, "checked": True, "before": earlier})
-
-    save_checkpoint(disk, checkpoints, 0, fill)
-    return lines_of(prepared.report)
+    return replace(brought, state=replace(brought.state, start=snapshot.state.start))
 
 
 def open_start(
-    checkpoints: Path, step: int | None, base: BaseModel, wish: AdapterConfig, *, needs_reference: bool
+    checkpoints: Path, step: int | None, base: BaseModel, wish: AdapterConfig, seed: int, *, needs_reference: bool
 ) -> tuple[Checkpoint, Snapshot]:
     """The checkpoint of `step` (None: the newest), every byte verified, and fit for this base and configuration.
+
+    seed: of what starts fresh in a step_0 that is yet to be brought to the slots.
 
     Raises CannotResume when it is absent, damaged, of another base, or lacks the reference adapter that a KL loss
     needs; MisfitAdapter when it does not fit the slots or contradicts the configured rank or alpha.
     """
     checkpoint = open_checkpoint(checkpoints, step)
-    snapshot = read_snapshot(checkpoint)
+    snapshot = _brought(checkpoint, base, wish, seed)
     where, state = checkpoint.path, snapshot.state
     if state.base_fingerprint not in (None, base.fingerprint):
         raise CannotResume(

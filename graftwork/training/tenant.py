@@ -14,7 +14,7 @@ from graftwork.config.schema import RunConfig
 from graftwork.errors import BadBatch, RunError, StaleBatch
 from graftwork.store.chain import Link, append_link, begin_chain
 from graftwork.store.checkpoint import Checkpoint, save_checkpoint
-from graftwork.store.disk import Disk, Manifest, Staging, is_stable, json_line
+from graftwork.store.disk import Disk, Manifest, Pin, Staging, is_stable, json_line
 from graftwork.store.layout import RunTree, stable_steps, step_folder
 from graftwork.store.queue import BatchSize, Version, publish_version, read_batch, read_version
 from graftwork.store.status import State, Status, as_reason, write_status
@@ -51,6 +51,7 @@ class Tenant:
         self.max_tokens, self.clock = max_tokens, clock
         self.facts = AdapterFacts(config.model.path, learner.state.base_fingerprint)
         self.retention = Retention(disk, tree, config, learner.state.step)
+        self.pin = Pin(tree.root)
         self.folder_id = tree.folder_id()
         self.orchestrator_state: dict[str, Any] | None = None
         self.known: dict[int, list[str]] = {int(k): list(v) for k, v in learner.state.known_digests.items()}
@@ -68,6 +69,11 @@ class Tenant:
     @property
     def finished(self) -> bool:
         return self.step >= self.config.max_steps
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder that was admitted is still there: not gone, and not another of its name."""
+        return self.tree.folder_id() == self.folder_id
 
     @property
     def seat(self) -> Seat:
@@ -217,7 +223,7 @@ class Tenant:
     def _must_be_there(self) -> None:
         """A folder that somebody removed must not come back because we write into it, and what is a link may lead into
         another run's."""
-        if self.tree.folder_id() != self.folder_id:
+        if not self.is_there:
             raise RunError(f"run {self.tree.id}: its folder {self.tree.root} is gone; the slot is given back")
         refuse_links(self.tree)
 
@@ -255,6 +261,10 @@ class Tenant:
         save_checkpoint(self.disk, self.tree.checkpoints, self.step, fill)
         self.newest_checkpoint = self.step
         self.retention.tidy_checkpoints()
+
+    def release(self) -> None:
+        self.learner.release()
+        self.pin.release()
 
     def take_over(self, orch_digest: str) -> None:
         """What is said from now on is about another state of orch.toml: the one that asks to stop."""

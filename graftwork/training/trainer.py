@@ -281,7 +281,7 @@ class Trainer:
                 log.info("run %s: %s at step %d, slot %d is free", run, why, tenant.step, tenant.learner.slot)
 
     def _vacate(self, tenant: Tenant) -> None:
-        tenant.learner.release()
+        tenant.release()
         self.shares.forget(tenant.tree.id)
         self.tenants.pop(tenant.tree.id, None)
 
@@ -298,7 +298,12 @@ class Trainer:
         try:
             write_status(self.disk, seen.tree, status)
         except (GraftworkError, OSError) as error:
-            self._cannot_write(seen.tree.id, seen.orch_digest, error)
+            if state in TERMINAL:
+                self._cannot_write(seen.tree.id, seen.orch_digest, error)
+            else:  # a place in line is said again in every pass
+                self._warn(f"run {seen.tree.id}: cannot write its status: {error}")
+            return False
+        self.unwritten.pop(seen.tree.id, None)
         return True
 
     def _cannot_write(self, run: RunId, orch_digest: str, error: Exception) -> None:
@@ -309,10 +314,15 @@ class Trainer:
         """Give the run a slot and publish the version that it starts from, before any rollout."""
         assert seen.config is not None and seen.orch_digest is not None
         run = seen.tree.id
+        if seen.tree.folder_id() != seen.folder_id:
+            return  # it went away since we looked, and must not come back because we write into it
         try:
             refuse_links(seen.tree)
             checkpoint, snapshot = starting_point(self.disk, self.base, self.door, seen, start)
             learner = Learner(self.banks, slot, self._learner_config(seen.config), snapshot)
+            status = Status(str(run), "active", seen.orch_digest, arrival, admitted=True, slot=slot)
+            max_tokens = min(self.config.tokens_per_micro_batch, self.base.max_positions)
+            tenant = Tenant(self.disk, seen.tree, seen.config, status, learner, max_tokens, self.clock)
         except (GraftworkError, OSError) as error:
             self._refuse(seen, arrival, slot, as_reason(error))
             return
@@ -320,9 +330,6 @@ class Trainer:
             log.exception("run %s: a bug, in its admission", run)
             self._refuse(seen, arrival, slot, unforeseen(error))
             return
-        status = Status(str(run), "active", seen.orch_digest, arrival, admitted=True, slot=slot)
-        max_tokens = min(self.config.tokens_per_micro_batch, self.base.max_positions)
-        tenant = Tenant(self.disk, seen.tree, seen.config, status, learner, max_tokens, self.clock)
         self.tenants[run] = tenant
         go_back = isinstance(start, FromCheckpoint) and start.step is not None
         log.info("run %s: slot %d, from step %d (%s)", run, slot, learner.state.step, learner.state.start)
@@ -344,11 +351,12 @@ class Trainer:
             except (GraftworkError, OSError) as error:
                 state, reason = "failed", f"{reason or state}; its checkpoint could not be written: {error}"
         try:
-            if tenant.tree.orch_toml.parent.is_dir():
+            if tenant.is_there and tenant.tree.orch_toml.parent.is_dir():
                 tenant.say(state, reason=reason)
+                self.unwritten.pop(run, None)
         except (GraftworkError, OSError) as error:
             self._cannot_write(run, tenant.status.orch_digest, error)
-        if not tenant.tree.root.is_dir():
+        if not tenant.is_there:
             self.liveness.note_removed(run, tenant.step)
         self._vacate(tenant)
         self.some_ended = True
@@ -366,6 +374,10 @@ class Trainer:
 
     def _warn_of_bad_names(self) -> None:
         for error in self.outputs.scan()[1]:
-            if str(error) not in self._warned:
-                self._warned.add(str(error))
-                log.warning("%s", error)
+            self._warn(str(error))
+
+    def _warn(self, text: str) -> None:
+        """Once: what is wrong is wrong in every pass."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", text)
