@@ -12,13 +12,19 @@ forgeries   planted in the story's folders, found by `graftwork runs verify`
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import multiprocessing
+import operator
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import torch
 
 from graftwork.programs.verify import verify_run
 from graftwork.store.disk import Disk
@@ -32,7 +38,7 @@ from proofs.report import Proof, run_proof
 from proofs.tenants_story import REWARD_BAR, Story
 
 NEIGHBOURS, SEQUENCES, KILLS, CYCLES, RUNS, SLOTS, PROMPTS = 200, 10_000, 50, 1000, 64, 8, 64
-FORGERIES_ASKED, KINDS_ASKED = 10, 12
+FORGERIES_ASKED, KINDS_ASKED, PROCESSES = 10, 12, 2
 
 
 def main() -> int:
@@ -126,19 +132,30 @@ def prove_reconcile(proof: Proof, folder: Path, seed: int) -> None:
 
 
 def prove_faults(proof: Proof, folder: Path, seed: int) -> None:
-    logging.disable(logging.CRITICAL)
-    with faults.scratch() as workload:
-        swept = {
-            "faults": faults.sweep(faults.KINDS, "all", seed, workload),
-            "faults at a restart": faults.sweep_restarts(faults.KINDS, "all", seed, workload),
-            "kill -9": faults.real_kills(KILLS, seed, workload),
+    parts = [slice(first, None, PROCESSES) for first in range(PROCESSES)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, mp_context=spawn, initializer=be_quiet) as pool:
+        jobs = {
+            name: [pool.submit(sweep, faults.KINDS, "all", seed, None, part) for part in parts]
+            for name, sweep in (("faults", faults.sweep), ("faults at a restart", faults.sweep_restarts))
         }
+        swept = {
+            name: functools.reduce(operator.add, (job.result() for job in shares)) for name, shares in jobs.items()
+        }
+    logging.disable(logging.CRITICAL)
+    swept["kill -9"] = faults.real_kills(KILLS, seed)
     logging.disable(logging.NOTSET)
     for name, figures in swept.items():
         proof.failures += figures.failures
         proof.figures[f"{name}: storage operations"] = figures.operations
         for kind, asked in figures.asked.items():
             proof.count(f"{name}: {kind}", asked, figures.done[kind])
+
+
+def be_quiet() -> None:
+    """A process of the pool: one thread, and no word of the trainers that are broken on purpose."""
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
 
 
 def prove_many_cycles(proof: Proof, folder: Path, seed: int) -> None:
@@ -150,8 +167,8 @@ PARTS: dict[str, Callable[[Proof, Path, int], None]] = {
     "crowd": prove_crowd,
     "neighbours": prove_neighbours,
     "reconcile": prove_reconcile,
-    "faults": prove_faults,
     "cycles": prove_many_cycles,
+    "faults": prove_faults,
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 from test_orchestrator_fakes import FakeServer, FakeTrainer, make_base, make_run
 
 from graftwork.errors import Busy, ConfigError, InferenceError, ProgramFailed, Refused, RunError, ServerGone
-from graftwork.programs import orchestrator
+from graftwork.programs import orchestrator, warm_start
 from graftwork.rollouts.client import InferenceClient
 from graftwork.store.disk import Disk, read_lines
 from graftwork.store.queue import read_batch
@@ -402,7 +402,7 @@ def converter(tmp_path, monkeypatch):
     runner = tmp_path / "python"
     runner.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
     runner.chmod(0o755)
-    monkeypatch.setattr(orchestrator.sys, "executable", str(runner))
+    monkeypatch.setattr(warm_start.sys, "executable", str(runner))
 
 
 def test_a_warm_start_converts_the_adapter_once(tmp_path, base, server, converter):

@@ -114,6 +114,7 @@ def test_the_first_rollouts_come_from_the_source_adapter_and_not_from_the_bare_b
     assert_first_rollouts_come_from(story, outputs / "sft" / "adapter")
 
 
+@pytest.mark.slow  # tests/integration/test_story_tenants.py has runs of other ranks in every run of the tests
 def test_an_adapter_of_another_rank_and_alpha_reaches_the_same_reward(outputs: Path, tmp_path: Path) -> None:
     """Rank 16, alpha 32 into a run of rank 24, alpha 36: padded, rescaled, the same function; then RL as usual."""
     source = outputs / "sft" / "adapter"

@@ -32,6 +32,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(outputs: Path) -> RunTree:
     """RL from it at rank 16, alpha 24, to step 10, then resumed."""
     flags = [RL_TOML, "--output_dir", str(outputs), "--run.init_adapter_path", str(outputs / "sft" / "adapter")]
+    flags += ["--run.retention.history", "true"]
     graftwork("rl", *flags, "--max-steps", str(STEPS))
     graftwork("rl", *flags, "--resume", "--max-steps", str(LAST))
     return RunTree.at(outputs / "run_experts")
