@@ -20,7 +20,6 @@ from proofs.neighbour_kinds import (
     after_an_hour,
     after_steps,
     forged,
-    once_linked,
     put,
 )
 
@@ -51,9 +50,16 @@ def hide_behind_trash(offender: Offender) -> None:
 
 
 def link_to_another_runs_batches(offender: Offender) -> None:
+    """And then it is silent: what it wrote now, it would write into the good run's folder itself."""
+    offender.silent = True
     if offender.tree.rollouts.exists():
         shutil.rmtree(offender.tree.rollouts)
     offender.tree.rollouts.symlink_to(offender.scene.good.rollouts)
+
+
+def once_the_others_batch_is_there(offender: Offender) -> bool:
+    assert offender.struck is not None
+    return offender.scene.good.batch(offender.struck + 1).exists()
 
 
 def link_to_another_runs_checkpoints(offender: Offender) -> None:
@@ -94,7 +100,9 @@ TRICKS: Mapping[str, Kind] = {
     "run that is no text": Kind(forged(of_a_run_that_is_no_text), "is batch"),
     "run with a long name": Kind(forged(of_a_run_with_a_long_name), "is batch"),
     "trash that is a file": Kind(hide_behind_trash, "advantage nan"),
-    "link to another run's batches": Kind(link_to_another_runs_batches, "symbolic link", visible=once_linked),
+    "link to another run's batches": Kind(
+        link_to_another_runs_batches, "symbolic link", visible=once_the_others_batch_is_there
+    ),
     "link to another run's checkpoints": Kind(
         link_to_another_runs_checkpoints, "symbolic link", visible=after_steps(0)
     ),
