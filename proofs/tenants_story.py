@@ -132,7 +132,8 @@ class Story:
             "submit", str(EXAMPLE / "run.toml"), "--id", name, "--output-dir", str(self.outputs.root), *start,
             "--optimizer.learning_rate", str(rate), "--adapter.rank", str(rank),
             *([] if "--max_steps" in flags else ["--max_steps", str(END)]),
-            "--sampling.prompts_per_step", str(self.prompts), "--retention.history", "true", "--retention.checkpoints", str(ENDLESS), *self.flags, *flags,
+            "--sampling.prompts_per_step", str(self.prompts), "--retention.history", "true",
+            "--retention.checkpoints", str(ENDLESS), *self.flags, *flags,
         )  # fmt: skip
 
     def command(self, *arguments: str) -> str:
