@@ -49,8 +49,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def story(outputs: Path) -> RunTree:
-    """RL from the adapter to step 20, and a resume to step 25."""
+    """RL from the adapter to step 20, and a resume to step 25, with half of the example's prompts a step."""
     flags = [RL_TOML, "--output_dir", str(outputs), "--run.init_adapter_path", str(outputs / "sft/adapter")]
+    flags += ["--run.sampling.prompts_per_step", "32"]
     graftwork("rl", *flags)
     tree = RunTree.at(outputs / "run_reverse")
     assert stable_steps(tree.checkpoints) == [0, 10, 20]
@@ -145,6 +146,7 @@ def test_a_second_rl_on_the_run_is_refused_without_resume(story: RunTree) -> Non
     assert sorted(p for p in story.root.rglob("*") if p.is_file()) == before
 
 
+@pytest.mark.slow  # tests/integration/test_trainer.py has the door in one process
 def test_the_trainers_door_through_the_command_line(outputs: Path, tmp_path: Path) -> None:
     """3 steps, a checkpoint, a resume to 5; the adapter comes in through the trainer's init_adapter_path."""
     source = outputs / "sft" / "adapter"
