@@ -392,7 +392,7 @@ def real_kills(count: int, seed: int, workload: Workload | None = None) -> Figur
     figures = Figures(asked=Counter(kills=count))
     with scratch() if workload is None else nullcontext(workload) as workload, tempfile.TemporaryDirectory() as folder:
         unkilled = Processes(workload, Path(folder) / "unkilled")
-        seconds = unkilled.seconds_of_work()
+        seconds = unkilled.seconds_of_a_version()
         figures.failures += unkilled.wrong()
         for number in range(10 * count):
             if figures.done["kills"] >= count:

@@ -331,13 +331,17 @@ class Processes:
         self.config.write_bytes(dump(trainer_config(self.outputs, workload.model, exit_when_done=True)))
 
     def to_the_end(self, rng: random.Random, seconds: float, most: int) -> list[str]:
-        """Kill at random moments within `seconds`, `most` times at most, until a process ends by itself; what was hit:
-        the places of what was left half done."""
+        """Kill at random moments, `most` times at most, until a process ends by itself; what was hit: the places of
+        what was left half done. A moment is a number of versions, and up to `seconds` into the next one: on a machine
+        that is now slow and now fast, a time alone would hit the beginning or nothing."""
         moments: list[str] = []
         while not self.ended:
             before = self.half_done()
             with self.at_work() as process:
                 if len(moments) < most:
+                    self._wait_for_versions(
+                        process, rng.randint(self.versions, max(self.versions, self.versions_max - 1))
+                    )
                     time.sleep(rng.uniform(0, seconds))
                     process.kill()
                 code = process.wait(timeout=TIMEOUT_SECONDS)
@@ -346,6 +350,22 @@ class Processes:
             elif code:
                 break
         return moments
+
+    @property
+    def versions(self) -> int:
+        """How many the runs have published, by their chains."""
+        chains = [tree.chain_jsonl for tree in trees_of(self.outputs)]
+        return sum(chain.read_bytes().count(b"\n") for chain in chains if chain.exists())
+
+    @property
+    def versions_max(self) -> int:
+        return sum(len(outcome.digests) for outcome in self.workload.expected.values())
+
+    def _wait_for_versions(self, process: subprocess.Popen[bytes], count: int) -> None:
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while process.poll() is None and self.versions < count:
+            assert time.monotonic() < end, f"{self.versions} of {count} versions after {TIMEOUT_SECONDS} s"
+            time.sleep(POLL_SECONDS)
 
     @contextmanager
     def at_work(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -365,12 +385,12 @@ class Processes:
         path = self.outputs.trainer_json
         return path.exists() and read_json(path, "trainer")["pid"] == pid
 
-    def seconds_of_work(self) -> float:
-        """How long a whole workload takes, once its trainer has started."""
+    def seconds_of_a_version(self) -> float:
+        """How long one takes, on average over a whole workload, once its trainer has started."""
         with self.at_work() as process:
             began = time.monotonic()
             process.wait(timeout=TIMEOUT_SECONDS)
-            return time.monotonic() - began
+            return (time.monotonic() - began) / self.versions_max
 
     @property
     def ended(self) -> bool:
