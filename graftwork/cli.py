@@ -47,6 +47,7 @@ app.add_typer(runs_app, name="runs")
 
 File = Annotated[Path, typer.Argument(help="Configuration (TOML). Settings follow it as --key value.")]
 Steps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after this step.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Processes of the trainer (trainer.ranks).")]
 
 
 def main() -> None:
@@ -91,19 +92,24 @@ def rl(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     resume_step: Annotated[int | None, typer.Option(min=0, help="Go on from here; later steps go to .trash.")] = None,
     max_steps: Steps = None,
+    ranks: Ranks = None,
 ) -> None:
     """Improve an adapter by reinforcement learning: starts inference, trainer and orchestrator, and watches them."""
-    given = ["--run.max_steps", str(max_steps)] if max_steps else []
+    given = [*(["--run.max_steps", str(max_steps)] if max_steps else []), *_ranks(ranks)]
     config = load(RlConfig, _file(file), [*given, *ctx.args])
     from graftwork.programs import rl as program
 
     program.main(config, resume=resume, resume_step=resume_step)
 
 
+def _ranks(ranks: int | None) -> list[str]:
+    return [] if ranks is None else ["--trainer.ranks", str(ranks)]
+
+
 @app.command(context_settings=SETTINGS)
-def serve(ctx: typer.Context, file: File) -> None:
+def serve(ctx: typer.Context, file: File, ranks: Ranks = None) -> None:
     """Keep a trainer and an inference server up for runs that come and go."""
-    config = load(ServeConfig, _file(file), ctx.args)
+    config = load(ServeConfig, _file(file), [*_ranks(ranks), *ctx.args])
     from graftwork.programs import serve as program
 
     program.main(config)

@@ -16,6 +16,7 @@
     |   |-- BadBatch         a batch is malformed or was sampled from an unknown adapter
     |   |-- StaleBatch       a batch was sampled from too old a version
     |   `-- CannotResume     a run asked to go on and there is nothing whole to go on from
+    |-- RankLost             a rank of the trainer died, hangs or broke                 -> the job ends, starts again
     |-- InferenceError       the inference server
     |   |-- ServerGone       it does not answer
     |   |-- Refused          it answered, and said no (the embedded engine's kinds are in inference/requests.py)
@@ -88,6 +89,10 @@ class StaleBatch(RunError):
 
 
 class CannotResume(RunError):
+    pass
+
+
+class RankLost(GraftworkError):
     pass
 
 

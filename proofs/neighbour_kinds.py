@@ -299,7 +299,7 @@ def remove_in_mid_step(offender: Offender) -> None:
     offender.publish(offender.batch(lengths=[LONGEST] * 7))
 
     def deed() -> None:
-        if tenant.work is not None and len(tenant.work.left) == 1 and tenant.tokens_learnt > before:
+        if tenant.work is not None and len(tenant.learner.rounds) == 1 and tenant.tokens_learnt > before:
             remove(offender)
             offender.scene.clock.deeds.remove(deed)
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,11 +183,11 @@ class Workload:
     def record(folder: Path, base: BaseModel, model: ModelConfig) -> Workload:
         """Run the workload once, feeding every step with a batch sampled from the version before it, and keep them."""
         torch.set_num_threads(1)
-        adapter = _save_adapter(folder / "adapter", base)
+        adapter = save_adapter(folder / "adapter", base)
         recording, ready = OutputTree(folder / "recording"), OutputTree(folder / "ready")
         for outputs, history in ((recording, True), (ready, False)):
             for tree in trees_of(outputs):
-                _write_run(tree, model, adapter, history=history)
+                write_run(tree, model, adapter, history=history)
         _feed(_trainer(recording, base, model, Disk()), trees_of(recording))
         for recorded, tree in zip(trees_of(recording), trees_of(ready), strict=True):
             shutil.copytree(recorded.rollouts, tree.rollouts)
@@ -289,14 +289,14 @@ def _trainer(outputs: OutputTree, base: BaseModel, model: ModelConfig, disk: Dis
     return trainer
 
 
-def _save_adapter(folder: Path, base: BaseModel) -> Path:
+def save_adapter(folder: Path, base: BaseModel) -> Path:
     with Disk().publish_dir(folder, "adapter", {}) as staging:
         for name, data in write_peft(random_adapter(base.spec.shapes, ADAPTER_RANK), AdapterFacts()).items():
             staging.write(name, data)
     return folder
 
 
-def _write_run(tree: RunTree, model: ModelConfig, adapter: Path, *, history: bool) -> None:
+def write_run(tree: RunTree, model: ModelConfig, adapter: Path, *, history: bool) -> None:
     """Its orch.toml; the warm run's step_0, too, made without sight of any slots: the trainer brings it to them."""
     retention = RetentionConfig(checkpoints=2, history=history)
     config = RunConfig(model=model, retention=retention, **SHARED, **RUNS[str(tree.id)])
@@ -308,16 +308,22 @@ def _write_run(tree: RunTree, model: ModelConfig, adapter: Path, *, history: boo
 
 def _feed(trainer: Trainer, trees: list[RunTree]) -> None:
     settle(trainer)
-    while waiting := [(tree, batch) for tree in trees if (batch := _wanted(tree)) and not is_stable(tree.batch(batch))]:
-        for tree, batch in waiting:
-            published = read_version(tree, batch - 1)
-            assert published is not None
-            publish_batch(Disk(), tree, random_batch(tree.id, batch, published, seed=RUNS[str(tree.id)]["seed"]))
+    while feed(trees):
         settle(trainer)
     assert not trainer.tenants, "the recording did not come to its end"
 
 
-def _wanted(tree: RunTree) -> int | None:
+def feed(trees: Sequence[RunTree]) -> bool:
+    """Publish a made-up batch for every run that waits for one; whether any did."""
+    waiting = [(tree, batch) for tree in trees if (batch := wanted(tree)) and not is_stable(tree.batch(batch))]
+    for tree, batch in waiting:
+        published = read_version(tree, batch - 1)
+        assert published is not None
+        publish_batch(Disk(), tree, random_batch(tree.id, batch, published, seed=RUNS[str(tree.id)]["seed"]))
+    return bool(waiting)
+
+
+def wanted(tree: RunTree) -> int | None:
     status = read_status(tree)
     return None if status is None else status.wanted_batch
 

@@ -1,7 +1,8 @@
 """A run's whole trainable state as a value, and its files inside a checkpoint.
 
-    trainer/rank_N.safetensors    `adapter.<module>.lora_A` ..., `exp_avg. ...`, `exp_avg_sq. ...`, all fp32; with
-                                  several ranks, each has its piece of axis 0 of every tensor that is long enough
+    trainer/rank_N.safetensors    `adapter.<module>.lora_A` ..., `exp_avg. ...`, `exp_avg_sq. ...`, all fp32. A tensor
+                                  that one rank has whole has its shape; of others each rank has some elements [n], in
+                                  row-major order, and those of rank 0, 1, ... follow one another
     trainer/state.json            TrainerState
     orchestrator/state.json       copied from the last consumed batch, if there was one
     reference/                    the run's starting adapter (PEFT), where its loss needs it
@@ -14,7 +15,7 @@ The same writer serves the trainer, SFT and the converter: a reader cannot tell 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from graftwork.adapters.canonical import Adapter, LoraPair
 from graftwork.adapters.companions import Companions, read_companions
-from graftwork.adapters.formats.expert_layout import piece_of
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.formats.peft_write import peft_files
 from graftwork.adapters.formats.tensor_file import tensor_chunks
@@ -39,6 +39,7 @@ from graftwork.store.disk import Staging, read_json
 
 RANK_FILES = re.compile(r"trainer/rank_(0|[1-9][0-9]{0,5})\.safetensors", re.ASCII)
 STATE_FILE = "trainer/state.json"
+MASTERS = "adapter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -90,14 +91,24 @@ def write_snapshot(staging: Staging, snapshot: Snapshot, facts: AdapterFacts, ra
 
     ranks: files that the trainer's tensors are cut into. Readers put any number together.
     """
-    facts = replace(facts, base_fingerprint=snapshot.state.base_fingerprint or facts.base_fingerprint)
-    tensors = dict(_flatten("adapter", snapshot.adapter))
+    tensors = dict(_flatten(MASTERS, snapshot.adapter))
     for name, moments in zip(MOMENTS, snapshot.moments or (), strict=False):
         tensors.update(_flatten(name, moments))
     for rank in range(ranks):
-        pieces = {name: piece_of(tensor, rank, ranks) for name, tensor in tensors.items()}
-        held = {name: lambda t=piece: t for name, piece in pieces.items() if piece.numel()}
-        staging.write(_rank_file(rank), tensor_chunks(held, {}))
+        write_tensors(staging, rank, {name: cut_evenly(tensor, rank, ranks) for name, tensor in tensors.items()})
+    write_shared(staging, snapshot, facts)
+
+
+def write_tensors(staging: Staging, rank: int, pieces: Mapping[str, Tensor]) -> str:
+    """Write a rank's part of the trainer's tensors, keys as in `tensor_name`; the file's name."""
+    held = {name: lambda t=piece: t for name, piece in pieces.items() if piece.numel()}
+    staging.write(_rank_file(rank), tensor_chunks(held, {}))
+    return _rank_file(rank)
+
+
+def write_shared(staging: Staging, snapshot: Snapshot, facts: AdapterFacts) -> None:
+    """Write everything else: what does not grow with the number of ranks."""
+    facts = replace(facts, base_fingerprint=snapshot.state.base_fingerprint or facts.base_fingerprint)
     staging.write_json(STATE_FILE, snapshot.state.to_json())
     if snapshot.orchestrator_state is not None:
         staging.write_json("orchestrator/state.json", snapshot.orchestrator_state)
@@ -107,6 +118,11 @@ def write_snapshot(staging: Staging, snapshot: Snapshot, facts: AdapterFacts, ra
     for name, data in snapshot.companions.items():
         staging.write(f"{WEIGHT}/{name}", data)
     staging.seal(WEIGHT, WEIGHT, {"step": snapshot.state.step, "digest": snapshot.adapter.digest()})
+
+
+def tensor_name(kind: str, path: str, side: str) -> str:
+    """kind: MASTERS or one of MOMENTS. side: "lora_A" or "lora_B"."""
+    return f"{kind}.{path}.{side}"
 
 
 def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
@@ -119,7 +135,7 @@ def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
         state = TrainerState.from_json(read_json(state_path, "checkpoint"), state_path)
         tensors = _read_ranks(checkpoint)
         exported = read_peft(checkpoint.path / WEIGHT).adapter
-        adapter = _unflatten("adapter", tensors, exported)
+        adapter = _unflatten(MASTERS, tensors, exported)
         moments = None
         if state.optimizer_steps > 0:
             moments = (_unflatten(MOMENTS[0], tensors, exported), _unflatten(MOMENTS[1], tensors, exported))
@@ -139,12 +155,21 @@ def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
     return Snapshot(state, adapter, moments, reference, orchestrator_state, companions)
 
 
+def cut_evenly(tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """The elements [n] that rank `rank` of `ranks` has of a tensor: pieces of one size, the last shorter or empty."""
+    if ranks == 1:
+        return tensor
+    size = -(-tensor.numel() // ranks)
+    return tensor.reshape(-1)[rank * size : (rank + 1) * size]
+
+
 def _rank_file(rank: int) -> str:
     return f"trainer/rank_{rank}.safetensors"
 
 
 def _read_ranks(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Whole tensors out of all ranks' files. Raises Damaged when a rank's file is not there, or pieces do not fit."""
+    """Tensors that one rank has; of those that several have, the elements [n] in order. Raises Damaged when a rank's
+    file is not there, or pieces do not fit."""
     ranks = sorted(int(match[1]) for name in checkpoint.manifest.files if (match := RANK_FILES.fullmatch(name)))
     if ranks != list(range(len(ranks))) or not ranks:
         raise Damaged(f"{checkpoint.path / 'trainer'} has the files of ranks {ranks}, expected 0 to the last")
@@ -152,10 +177,11 @@ def _read_ranks(checkpoint: Checkpoint) -> dict[str, Tensor]:
     for rank in ranks:
         for name, tensor in load_safetensors((checkpoint.path / _rank_file(rank)).read_bytes()).items():
             pieces.setdefault(name, []).append(tensor)
-    try:
-        return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in pieces.items()}
-    except RuntimeError as error:
-        raise Damaged(f"{checkpoint.path / 'trainer'}: pieces of a tensor do not fit together ({error})") from None
+    for name, parts in pieces.items():
+        if len(parts) > 1 and any(part.dim() != 1 or part.dtype != parts[0].dtype for part in parts):
+            found = ", ".join(f"{part.dtype}{list(part.shape)}" for part in parts)
+            raise Damaged(f"{checkpoint.path / 'trainer'}: pieces of {name} do not fit together ({found})")
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in pieces.items()}
 
 
 def _check_agreement(state: TrainerState, adapter: Adapter, exported: Adapter) -> None:
@@ -181,8 +207,8 @@ def _write_adapter(staging: Staging, folder: str, adapter: Adapter, facts: Adapt
 
 def _flatten(kind: str, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     for path, pair in adapter.pairs.items():
-        yield f"{kind}.{path}.lora_A", pair.a.contiguous()
-        yield f"{kind}.{path}.lora_B", pair.b.contiguous()
+        yield tensor_name(kind, path, "lora_A"), pair.a.contiguous()
+        yield tensor_name(kind, path, "lora_B"), pair.b.contiguous()
 
 
 def _unflatten(kind: str, tensors: dict[str, Tensor], like: Adapter) -> Adapter:
@@ -194,12 +220,13 @@ def _unflatten(kind: str, tensors: dict[str, Tensor], like: Adapter) -> Adapter:
     for path, pair in like.pairs.items():
         factors = []
         for side, expected in (("lora_A", pair.a), ("lora_B", pair.b)):
-            tensor = tensors.pop(f"{kind}.{path}.{side}", None)
+            name = tensor_name(kind, path, side)
+            tensor = tensors.pop(name, None)
+            if tensor is not None and tensor.dim() == 1 and tensor.numel() == expected.numel():
+                tensor = tensor.view(expected.shape)
             if tensor is None or tensor.dtype != torch.float32 or tensor.shape != expected.shape:
                 found = "missing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
-                raise Damaged(
-                    f"trainer/: tensor {kind}.{path}.{side} is {found}, expected torch.float32{list(expected.shape)}"
-                )
+                raise Damaged(f"trainer/: tensor {name} is {found}, expected torch.float32{list(expected.shape)}")
             factors.append(tensor)
         pairs[path] = LoraPair(factors[0], factors[1], pair.scale)
     return Adapter(pairs)

@@ -232,6 +232,22 @@ class TrainerSection(ProgramSection):
     """Sleep of a pass that found nothing to do."""
     exit_when_done: bool = False
     """End when every run is finished, failed or evicted. `graftwork rl` sets it."""
+    ranks: Positive = 1
+    """Processes that train together, under torchrun on this machine. Started by torchrun itself: its number counts."""
+    base_placement: Literal["sharded", "replicated"] = "sharded"
+    """With several ranks. sharded: each holds its part of the base (FSDP2) and gathers a layer when it computes it.
+    replicated: each holds the whole base, and only adapters' masters and moments are cut."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the layer again there: less memory, about a third
+    more arithmetic, the same bits."""
+    compile_layers: bool = False
+    """torch.compile for what lies between the adapted products of a layer. Equal to rounding, not to the bit: a resume
+    and isolation = "exact" are then bit-equal only as far as the compiler is."""
+    rank_timeout_seconds: PositiveFloat = 300.0
+    """With several ranks: how long one may lag behind the others, or be silent, before the job ends."""
+    max_restarts: NotNegative = 3
+    """With several ranks: how often the job is started again after one of them died; every run then goes on from its
+    newest checkpoint."""
 
 
 class TrainerConfig(TrainerSection):

@@ -4,20 +4,26 @@ All weights of a slot lie in one row of `weights [S, P]`; the stacked factors `A
 of it. So clipping, the finite check, AdamW and zeroing are one call on one vector a run, and nothing that is done to
 row k can touch another row. A run of lower rank than the slot's uses the first rows of A and columns of B; the rest
 stays zero, and so do its gradients (dA = B^T ... = 0 where B is 0, dB = ... A^T = 0 where A is 0).
+
+With several ranks every row of the masters is a DTensor whose elements are cut over the ranks, and so are the moments
+that AdamW makes for it. What the layers compute with, and the buffers that gradients are added to, are whole on each
+rank: a run's gradients are summed over the ranks once a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from graftwork.adapters.canonical import Adapter, LoraPair, Shape
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec
 from graftwork.lora.linear import Factors
+from graftwork.parallel.parts import fill, local, own_part, sharded_rows, summed, whole
 
 ALIGN = 16  # floats: every factor starts on a 64-byte boundary of its row
 
@@ -64,6 +70,28 @@ class SlotLayout:
             b[0][..., : pair.rank] = pair.b
         return row[0]
 
+    def pieces(self, part: Tensor, start: int, held: Held) -> Iterator[tuple[str, str, Tensor]]:
+        """(module, "lora_A" or "lora_B", elements [n]) of what `part`, the elements of a row from `start` on, holds of
+        the run's own factors: those of its rank, in row-major order. One behind the other, the pieces of consecutive
+        parts are the factors that `unpack` gives; a factor that lies in `part` as a whole has its shape."""
+        slot_rank, rank = self.spec.max_rank, held.rank
+        for path in sorted(held.modules):
+            place = self.places[path]
+            *experts, out_features, in_features = place.shape
+            factors = (  # element i of A belongs to direction (i // in) % slot_rank, of B to i % slot_rank
+                ("lora_A", place.a_start, in_features, (*experts, rank, in_features)),
+                ("lora_B", place.b_start, 1, (*experts, out_features, rank)),
+            )
+            for side, first, stride, shape in factors:
+                numel = math.prod(shape) // rank * slot_rank
+                low, high = max(first, start), min(first + numel, start + len(part))
+                if low >= high:
+                    continue
+                index = torch.arange(low - first, high - first, device=part.device)
+                own = part[low - start : high - start][index // stride % slot_rank < rank]
+                if len(own):
+                    yield path, side, own.view(shape) if own.numel() == math.prod(shape) else own
+
     def unpack(self, row: Tensor, held: Held) -> Adapter:
         """The adapter in `row [P]`: copies, fp32, on the CPU, at its own rank, of its own modules."""
         table, rank, scale = row.detach().cpu()[None], held.rank, held.scale
@@ -92,19 +120,24 @@ class Held:
 class SlotBank:
     """Weights of S slots. A bank that trains has gradients; a sampler's and a KL reference's have not.
 
-    weights    [S, P] fp32 masters
-    gradients  [S, P] fp32, or None
-    factors    module path -> Factors: views of the compute copy (the masters themselves where the base is fp32)
+    rows       S rows [P] of fp32 masters; with a mesh, DTensors cut over its ranks
+    gradients  [S, P] fp32, or None; with a mesh, of this rank's micro-batches
+    factors    module path -> Factors: views of the compute copy (the masters themselves where they are whole and the
+               base is fp32)
     """
 
     def __init__(
-        self, spec: SlotSpec, slots: int, *, device: torch.device, dtype: torch.dtype, gradients: bool
-    ) -> None:
-        self.layout = SlotLayout(spec)
-        self.weights = torch.zeros(slots, self.layout.row_numel, device=device)
-        self.gradients = torch.zeros_like(self.weights) if gradients else None
+        self, spec: SlotSpec, slots: int, *, device: torch.device, dtype: torch.dtype, gradients: bool,
+        mesh: DeviceMesh | None = None,
+    ) -> None:  # fmt: skip
+        self.layout, self.mesh = SlotLayout(spec), mesh
+        numel = self.layout.row_numel
+        self.weights, self.rows = sharded_rows(slots, numel, mesh, device)
+        """[S, own part of P]: the memory of `rows`."""
+        self.gradients = torch.zeros(slots, numel, device=device) if gradients else None
         self.held: list[Held | None] = [None] * slots
-        self._compute = self.weights if dtype == torch.float32 else self.weights.to(dtype)
+        aliased = mesh is None and dtype == torch.float32
+        self._compute = self.weights if aliased else torch.zeros(slots, numel, device=device, dtype=dtype)
         self.anchor = torch.zeros((), device=device, requires_grad=True) if gradients else None
         self.factors: Mapping[str, Factors] = {path: self._views(path) for path in self.layout.places}
 
@@ -119,15 +152,31 @@ class SlotBank:
         return len(self.held)
 
     def write(self, slot: int, prepared: PreparedInitAdapter) -> None:
-        """Put an adapter into a slot; no other slot is touched. The slot must be free: reset it first."""
+        """Put an adapter into a slot; no other slot is touched. The slot must be free: reset it first. All ranks take
+        part, each with the full adapter, and each writes its own part."""
         assert self.held[slot] is None, f"slot {slot} is in use"
         self.held[slot] = Held(prepared.rank, prepared.alpha, frozenset(prepared.adapter.pairs))
-        self.weights[slot].copy_(self.layout.pack(prepared.adapter))
+        fill(self.rows[slot], self.layout.pack(prepared.adapter))
         self.refresh(slot)
 
     def read(self, slot: int) -> Adapter:
-        """The adapter in a slot, as it would be published: fp32 copies on the CPU, at the run's own rank."""
-        return self.layout.unpack(self.weights[slot], self.holding(slot))
+        """The adapter in a slot, as it would be published: fp32 copies on the CPU, at the run's own rank. All ranks
+        take part."""
+        return self.unpack(slot, self.rows[slot])
+
+    def unpack(self, slot: int, row: Tensor) -> Adapter:
+        """What `row [P]`, the slot's masters or numbers shaped like them, holds for the slot's run. All ranks take
+        part."""
+        return self.layout.unpack(whole(row), self.holding(slot))
+
+    def pieces(self, slot: int, row: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+        """This rank's part of what `unpack` gives: see SlotLayout.pieces."""
+        return self.layout.pieces(local(row).detach(), own_part(row)[0].start, self.holding(slot))
+
+    def summed_gradient(self, slot: int) -> Tensor:
+        """A row [P] like the slot's masters: its gradients, summed over the ranks. All ranks take part."""
+        assert self.gradients is not None
+        return summed(self.gradients[slot], self.mesh)
 
     def holding(self, slot: int) -> Held:
         held = self.held[slot]
@@ -137,15 +186,15 @@ class SlotBank:
     def reset(self, slot: int) -> None:
         """Free a slot: weights and gradients become zero, so that no trace of its run is left."""
         self.weights[slot].zero_()
+        self._compute[slot].zero_()
         if self.gradients is not None:
             self.gradients[slot].zero_()
         self.held[slot] = None
-        self.refresh(slot)
 
     def refresh(self, slot: int) -> None:
-        """Bring the compute copy of a slot up to its masters, after anything that wrote them."""
+        """Bring the compute copy of a slot up to its masters, after anything that wrote them. All ranks take part."""
         if self._compute is not self.weights:
-            self._compute[slot].copy_(self.weights[slot])
+            self._compute[slot].copy_(whole(self.rows[slot]))
 
     def free_slot(self) -> int | None:
         """The lowest free slot."""

@@ -61,11 +61,15 @@ class PackedPlan:
         return out.transpose(1, 2).flatten(0, 1)  # (rows, Hq, D)
 
 
+@torch.compiler.disable
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, plan: AttentionPlan | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: q [1, Hq, T, D], k and v [1, Hkv, T, D] -> ([1, T, Hq, D], no weights)."""
+    """transformers' attention interface: q [1, Hq, T, D], k and v [1, Hkv, T, D] -> ([1, T, Hq, D], no weights).
+
+    torch.compile passes it by: it depends on the plan.
+    """
     if plan is None:
         raise ModelError(
             f"{type(module).__name__} did not pass the attention plan down; this architecture cannot be used"

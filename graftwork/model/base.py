@@ -1,11 +1,10 @@
-"""Load the frozen base with transformers and put slots into it (model/inject.py)."""
+"""Load the frozen base, whole or cut over ranks (model/shard.py), and put slots into it (model/inject.py)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +19,70 @@ from graftwork.errors import ModelError
 from graftwork.lora.slots import SlotBank
 from graftwork.model import attention
 from graftwork.model.attention import AttentionPlan
+from graftwork.model.fingerprint import fingerprint
 from graftwork.model.inject import Route, Routing, inject
+from graftwork.model.layers import compile_layers, recompute_layers
+from graftwork.model.shard import shard
+from graftwork.model.trunk import Ask, Trunk
+from graftwork.parallel.ranks import Ranks
 
-FINGERPRINT_SAMPLES = 4096  # numbers of each tensor that go into the fingerprint
-ARCHITECTURE = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+__all__ = ["Ask", "BaseModel", "Placement", "Route", "load_base", "pick_device", "slot_spec"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a base lies, and how its layers run.
+
+    sharded                   with several ranks: cut over them, else whole on each
+    activation_checkpointing  layers keep their input alone, and are computed again in the backward pass
+    compile_layers            torch.compile what lies between the slots' products
+    """
+
+    ranks: Ranks = field(default_factory=Ranks.alone)
+    sharded: bool = True
+    activation_checkpointing: bool = False
+    compile_layers: bool = False
+
+
+ALONE = Placement()
 
 
 @dataclass(frozen=True)
 class BaseModel:
     """The frozen base with slots.
 
-    body         transformers' decoder without its head
-    head         [V, H]
+    trunk        transformers' decoder and its head
     spec         the slots' modules and shapes
     fingerprint  identifies the base's configuration and weights; not a proof against forgery
+    ranks        those that train with it; all of them take part in every call of a base that is cut
+    sharded      whether it is cut over the ranks
     """
 
-    body: nn.Module
-    head: Tensor
+    trunk: Trunk
     routing: Routing
     spec: SlotSpec
     fingerprint: str
     config: Any
+    device: torch.device
+    dtype: torch.dtype
+    ranks: Ranks
+    sharded: bool
 
     @property
-    def device(self) -> torch.device:
-        return self.head.device
+    def body(self) -> nn.Module:
+        """transformers' decoder without its head, of a base that is whole."""
+        assert not self.sharded, "a base that is cut is called through `logprobs`"
+        return self.trunk.body
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.head.dtype
+    def head(self) -> Tensor:
+        """[V, H], of a base that is whole."""
+        assert not self.sharded, "a base that is cut is called through `logprobs`"
+        return self.trunk.head.weight
 
     @property
     def vocab_size(self) -> int:
-        return self.head.shape[0]
+        return self.trunk.head.out_features
 
     @property
     def max_positions(self) -> int:
@@ -69,44 +98,74 @@ class BaseModel:
         return min(int(limit) for limit in limits if limit is not None)
 
     def new_bank(self, slots: int, *, gradients: bool) -> SlotBank:
-        return SlotBank(self.spec, slots, device=self.device, dtype=self.dtype, gradients=gradients)
+        """One that trains cuts its masters over the ranks."""
+        mesh = self.ranks.mesh if gradients else None
+        return SlotBank(self.spec, slots, device=self.device, dtype=self.dtype, gradients=gradients, mesh=mesh)
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, route: Route) -> Tensor:
-        """Last hidden states [T, H] for token ids [T] at positions [T] int64; the plan and the route cover all rows."""
+        """Last hidden states [T, H] for token ids [T] at positions [T] int64; the plan and the route cover all rows.
+        The base must be whole."""
+        assert not self.sharded, "a base that is cut is called through `logprobs`"
         with self.routing.using(route):
-            output = self.body(input_ids=tokens[None], position_ids=positions[None], use_cache=False, plan=plan)
-        return output.last_hidden_state[0]
+            return self.trunk.hidden(tokens, positions, plan)
+
+    def logprobs(
+        self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, route: Route, asks: Sequence[Ask], chunk: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `hidden`, then (log-probs [N], entropies [N]) in fp32 for each ask. See Trunk.forward."""
+        with self.routing.using(route):
+            return self.trunk(tokens, positions, plan, asks, chunk)
 
 
-def load_base(model: ModelConfig, lora: LoraConfig) -> BaseModel:
-    """Raises ModelError, naming the folder or the module that stands in the way."""
+def load_base(model: ModelConfig, lora: LoraConfig, placement: Placement = ALONE) -> BaseModel:
+    """Raises ModelError, naming the folder, the file, the tensor or the module that stands in the way; of a base that
+    is cut, on all ranks alike."""
     _refuse_absent(model.path)
     attention.register()
     disable_progress_bar()
+    ranks = placement.ranks
+    sharded = placement.sharded and ranks.size > 1
     device = pick_device(model.device)
-    dtype = pick_dtype(model.dtype, device)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, attn_implementation=attention.NAME)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the base model {model.path!r}: {_first_line(error)}") from None
-    nn.Module.to(loaded, device).eval().requires_grad_(False)
+    dtype = _agreed_dtype(model.dtype, device, ranks)
+    loaded = _without_weights(model.path, dtype) if sharded else _with_weights(model.path, dtype, device)
+    loaded.eval().requires_grad_(False)
     _refuse_unusual(loaded, model.path)
-    fingerprint = _fingerprint(loaded)
     routing = Routing()
     spec = SlotSpec(lora.max_rank, inject(loaded, lora.target_modules, routing))
-    head = loaded.get_output_embeddings().weight
-    return BaseModel(loaded.base_model, head, routing, spec, fingerprint, loaded.config)
+    trunk = Trunk(loaded.base_model, loaded.get_output_embeddings())
+    if placement.compile_layers:
+        compile_layers(trunk.body)
+    if placement.activation_checkpointing:
+        recompute_layers(trunk.body, routing)
+    if sharded:
+        shard(loaded, trunk, model.path, ranks, device)
+    mark = fingerprint(loaded, ranks if sharded else Ranks.alone())
+    return BaseModel(trunk, routing, spec, mark, loaded.config, device, dtype, ranks, sharded)
+
+
+def _with_weights(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the base model {path!r}: {_first_line(error)}") from None
+    return nn.Module.to(loaded, device)
+
+
+def _without_weights(path: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """On the meta device, from config.json alone. dtype None: whichever."""
+    wishes = {} if dtype is None else {"dtype": dtype, "attn_implementation": attention.NAME}
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **wishes)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot make out the base model {path!r}: {_first_line(error)}") from None
 
 
 def slot_spec(path: str, lora: LoraConfig) -> SlotSpec:
     """The slots that a base would have, from its config.json alone: no weight is read. Raises ModelError."""
     _refuse_absent(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot make out the base model {path!r}: {_first_line(error)}") from None
+    model = _without_weights(path)
     _refuse_unusual(model, path)
     return SlotSpec(lora.max_rank, inject(model, lora.target_modules, Routing()))
 
@@ -123,9 +182,21 @@ def _first_line(error: Exception) -> str:
 
 
 def pick_device(name: str) -> torch.device:
+    """A GPU comes with its number: the current one where the name has none."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _agreed_dtype(name: str, device: torch.device, ranks: Ranks) -> torch.dtype:
+    """Rank 0 decides for all: what is measured may differ. All ranks take part."""
     if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_dtype(name, device)
+    if ranks.leads:
+        ranks.tell(str(picked := pick_dtype(name, device)).removeprefix("torch."))
+        return picked
+    return pick_dtype(ranks.hear()[0], device)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -161,15 +232,3 @@ def _refuse_unusual(model: PreTrainedModel, path: str) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError(f"{path}: its head is {type(head).__name__}, expected a linear layer without bias")
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the architecture's numbers and evenly spaced elements of every tensor: cheap for any size, and the
-    same whether the base was loaded in float32 or bfloat16."""
-    digest = hashlib.sha256(json.dumps({k: getattr(model.config, k, None) for k in ARCHITECTURE}).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Slots in a base model: which of its modules can carry them, and what stands there afterwards.
 
 A linear layer becomes a `SlotLinear`, a layer's fused experts become `SlotExperts`. Neither holds adapter weights: they
-ask the route of the running forward pass for them.
+ask the route of the running forward pass for them. torch.compile passes both by: what depends on the route is in them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graftwork.adapters.canonical import Shape
@@ -46,6 +47,15 @@ class Routing:
         finally:
             self.current = None
 
+    @contextmanager
+    def recalling(self, route: Route) -> Iterator[None]:
+        """For computing a layer again: the route of the call that it was first computed in, whatever runs now."""
+        before, self.current = self.current, route
+        try:
+            yield
+        finally:
+            self.current = before
+
 
 class SlotLinear(nn.Module):
     """A frozen linear layer of the base that adds, row by row, what the route says. It holds no adapter weights."""
@@ -55,9 +65,10 @@ class SlotLinear(nn.Module):
         self.path, self.routing = path, routing
         self.weight, self.bias = base.weight, base.bias
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         route = self.routing.current
-        assert route is not None, "the base is called through BaseModel.hidden"
+        assert route is not None, "the base is called through BaseModel"
         rows = x.reshape(-1, x.shape[-1])
         factors = route.bank.factors[self.path]
         y = slot_linear(rows, self.weight, self.bias, factors, route.segments, route.bank.anchor)
@@ -73,9 +84,10 @@ class SlotExperts(nn.Module):
         self.targets = {part: f"{path}.{part}" for part in targets}
         self.gate_up_proj, self.down_proj, self.act_fn = base.gate_up_proj, base.down_proj, base.act_fn
 
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         route = self.routing.current
-        assert route is not None, "the base is called through BaseModel.hidden"
+        assert route is not None, "the base is called through BaseModel"
         parts = {part: route.bank.factors[path] for part, path in self.targets.items()}
         weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.act_fn)
         return slot_experts(

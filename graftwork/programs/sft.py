@@ -58,9 +58,7 @@ def main(config: SftConfig) -> None:
 def one_step(learner: Learner, examples: Sequence[Example]) -> dict[str, Any]:
     """Learn from `examples`; return the step's line for metrics.jsonl."""
     began = time.monotonic()
-    for micro in learner.plan(examples):
-        learner.learn(micro)
-    outcome, sums = learner.step(digest_of_examples(examples))
+    outcome, sums = learner.learn_from(examples, digest_of_examples(examples))
     return {
         "step": learner.state.step,
         "loss": sums.loss,

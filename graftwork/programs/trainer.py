@@ -1,33 +1,120 @@
-"""`graftwork trainer`: load the base, open the output tree, make passes until told to stop."""
+"""`graftwork trainer`: load the base, open the output tree, make passes until told to stop.
+
+With several ranks the same program runs in each, started by torchrun: rank 0 decides, the others follow.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from threading import Event
 
 import torch
 
-from graftwork.config.schema import TrainerConfig
-from graftwork.model.base import load_base
+from graftwork.config.schema import ModelConfig, TrainerConfig
+from graftwork.errors import RankLost
+from graftwork.model.base import BaseModel, Placement, load_base, pick_device
+from graftwork.parallel.ranks import Ranks, torchrun_store, under_torchrun, was_restarted
+from graftwork.parallel.watch import Watch
+from graftwork.programs.processes import PARENT_VARIABLE
 from graftwork.store.disk import Disk
-from graftwork.training.trainer import Trainer, door_at
+from graftwork.training.trainer import Trainer, door_at, worker_of
 
 log = logging.getLogger(__name__)
 
 
 def main(config: TrainerConfig) -> None:
     """Returns after SIGTERM or SIGINT, or when every run ended and the configuration asks for that."""
+    if config.ranks > 1 and not under_torchrun():
+        become_torchrun(config, sys.argv[1:])
+    use_threads(config.threads)
+    with joined(config) as ranks:
+        placement = Placement(
+            ranks, sharded=config.base_placement == "sharded",
+            activation_checkpointing=config.activation_checkpointing, compile_layers=config.compile_layers,
+        )  # fmt: skip
+        base = load_base(on_own_device(config.model), config.lora, placement)
+        if ranks.leads:
+            lead(config, base)
+        else:
+            follow(config, base)
+    if under_torchrun():
+        ranks.exit()
+
+
+def lead(config: TrainerConfig, base: BaseModel) -> None:
+    """The trainer itself, of one rank or of all."""
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    use_threads(config.threads)
-    trainer = Trainer(config, load_base(config.model, config.lora), Disk(), door_at(config.init_adapter_path))
+    trainer = Trainer(config, base, Disk(), door_at(config.init_adapter_path))
     claim = trainer.open()
-    log.info("trainer: %d slots on %s (%s, %s), watching %s", config.slots, config.model.path, trainer.base.dtype,
-             trainer.base.device, trainer.outputs.root)  # fmt: skip
+    several = f"{base.ranks.size} ranks, " if base.ranks.size > 1 else ""
+    log.info("trainer: %s%d slots on %s (%s, %s), watching %s", several, config.slots, config.model.path,
+             base.dtype, base.device, trainer.outputs.root)  # fmt: skip
+    trainer.some_ended = was_restarted()  # runs may have ended under the job's earlier start
     trainer.run(stop)
+    trainer.crew.quit()
     claim.release()
+
+
+def follow(config: TrainerConfig, base: BaseModel) -> None:
+    """Any other rank: it ends when rank 0 says so, or is gone."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    worker_of(config, base, Disk(), door_at(config.init_adapter_path)).follow()
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def become_torchrun(config: TrainerConfig, arguments: list[str]) -> None:
+    """Go on as torchrun, under this process's id, which starts `graftwork <arguments>` once a rank."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.ranks}",
+                f"--max-restarts={config.max_restarts}"]  # fmt: skip
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # the ranks must not outlive it
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", "graftwork", *arguments])
+
+
+@contextmanager
+def joined(config: TrainerConfig) -> Iterator[Ranks]:
+    """This process among the ranks that torchrun started, watched; or alone. Raises RankLost, naming the rank that is
+    to blame, when they cannot go on together."""
+    if not under_torchrun():
+        yield Ranks.alone()
+        return
+    seconds = config.rank_timeout_seconds
+    ranks = Ranks.of_torchrun(torch.device(on_own_device(config.model).device), seconds + 60)  # the watch comes first
+    store = torchrun_store(timedelta(seconds=seconds))
+    sign_log(ranks)
+    with Watch(ranks.rank, ranks.size, store, seconds) as watch:
+        ranks.watch = watch
+        try:
+            yield ranks
+        except RankLost as lost:
+            raise RankLost(f"rank {ranks.rank}: {lost}. Who: {watch.culprits()}") from lost
+
+
+def sign_log(ranks: Ranks) -> None:
+    """All ranks write into one log. Of the others, only what went wrong."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {ranks.rank} %(levelname)s %(message)s"))
+        handler.setLevel(logging.INFO if ranks.leads else logging.WARNING)
+
+
+def on_own_device(model: ModelConfig) -> ModelConfig:
+    """Of several GPUs, each rank of a machine has its own."""
+    device = pick_device(model.device)
+    if device.type != "cuda" or device.index is not None or not under_torchrun():
+        return model.model_copy(update={"device": str(device)})
+    own = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(own)
+    return model.model_copy(update={"device": own})
 
 
 def use_threads(threads: int) -> None:

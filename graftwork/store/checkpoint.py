@@ -93,14 +93,32 @@ class Checkpoint:
         return state
 
 
-def save_checkpoint(disk: Disk, checkpoints: Path, step: int, fill: Callable[[Staging], None]) -> Path:
-    """Publish `checkpoints/step_k`. One that is there is set aside first."""
+def stage_checkpoint(disk: Disk, checkpoints: Path, step: int) -> Staging:
+    """A hidden folder that is to become `checkpoints/step_k`. One that is there is set aside first."""
     target = step_folder(checkpoints, step)
     if target.exists():
         disk.quarantine(target, checkpoints.parent / ".trash")
-    with disk.publish_dir(target, CHECKPOINT, {"step": step}) as staging:
+    return disk.stage(target, {"step": step})
+
+
+def publish_checkpoint(staging: Staging, checkpoints: Path, step: int) -> None:
+    """Make a filled folder visible; when that fails, nothing is left of it."""
+    try:
+        staging.publish(step_folder(checkpoints, step), CHECKPOINT)
+    except BaseException:
+        staging.discard()
+        raise
+
+
+def save_checkpoint(disk: Disk, checkpoints: Path, step: int, fill: Callable[[Staging], None]) -> None:
+    """Publish `checkpoints/step_k`, by one process."""
+    staging = stage_checkpoint(disk, checkpoints, step)
+    try:
         fill(staging)
-    return target
+    except BaseException:
+        staging.discard()
+        raise
+    publish_checkpoint(staging, checkpoints, step)
 
 
 def open_checkpoint(checkpoints: Path, step: int | None = None) -> Checkpoint:

@@ -215,13 +215,34 @@ class Staging:
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, dump_json(value))
 
+    def take(self, name: str, facts: FileFacts) -> None:
+        """A file that another process wrote into this folder, and what that process says it holds."""
+        self.written[self.root / name] = facts
+
     def seal(self, folder: str, kind: str, facts: dict[str, Any]) -> Manifest:
         """Write the manifest of a folder inside this one (or of this one: `folder` = ".")."""
         root = self.root / folder
-        names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-        manifest = Manifest(kind, facts, {name: self.written[root / name] for name in names})
+        inside = sorted((p.relative_to(root).as_posix(), f) for p, f in self.written.items() if p.is_relative_to(root))
+        manifest = Manifest(kind, facts, dict(inside))
         self.write((Path(folder) / MANIFEST).as_posix(), manifest.to_bytes())
         return manifest
+
+    def publish(self, target: Path, kind: str) -> None:
+        """Make the folder visible as `target`, with its manifest, and durable; or, where that raises, neither."""
+        for folder in sorted(p for p in self.root.rglob("*") if p.is_dir()):
+            self.disk.sync_folder(folder)
+        self.manifest = self.seal(".", kind, self.facts)
+        self.disk.sync_folder(self.root)
+        self.disk.rename(self.root, target)
+        try:
+            self.disk.sync_folder(target.parent)
+        except OSError:
+            target.rename(self.root)  # it may not outlive a power cut: nobody may build on it
+            raise
+
+    def discard(self) -> None:
+        """Remove what is not published; what cannot be removed is swept away later."""
+        shutil.rmtree(self.root, ignore_errors=True)
 
 
 @dataclass
@@ -318,29 +339,28 @@ class Disk:
     def publish_json(self, path: Path, value: Any) -> None:
         self.publish_file(path, dump_json(value))
 
+    def stage(self, target: Path, facts: dict[str, Any]) -> Staging:
+        """A hidden folder beside `target`, to be filled and published as it. Raises Conflict if `target` exists."""
+        if target.exists():
+            raise Conflict(f"{target} exists already; a published folder is never changed in place")
+        self.make_folder(target.parent)
+        root = target.parent / f"{STAGING_PREFIX}{target.name}-{secrets.token_hex(4)}"
+        self.make_folder(root)
+        return Staging(self, root, dict(facts))
+
     @contextmanager
     def publish_dir(self, target: Path, kind: str, facts: dict[str, Any]) -> Iterator[Staging]:
         """Fill a folder inside the `with`; it appears as `target`, with its manifest, when the block ends well.
 
         Raises Conflict if `target` exists. When the block raises, nothing is left behind.
         """
-        if target.exists():
-            raise Conflict(f"{target} exists already; a published folder is never changed in place")
-        self.make_folder(target.parent)
-        root = target.parent / f"{STAGING_PREFIX}{target.name}-{secrets.token_hex(4)}"
-        self.make_folder(root)
-        staging = Staging(self, root, dict(facts))
+        staging = self.stage(target, facts)
         try:
             yield staging
-            for folder in sorted(p for p in root.rglob("*") if p.is_dir()):
-                self.sync_folder(folder)
-            staging.manifest = staging.seal(".", kind, staging.facts)
-            self.sync_folder(root)
-            self.rename(root, target)
+            staging.publish(target, kind)
         except BaseException:
-            shutil.rmtree(root, ignore_errors=True)
+            staging.discard()
             raise
-        self.sync_folder(target.parent)
 
     # --- everything else --------------------------------------------------------------------------------------------
 

@@ -10,10 +10,15 @@ so no two such runs are further apart than their micro-batches, however long the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from graftwork.store.layout import RunId
+
+
+def fits(tokens: Sequence[int], room: Sequence[int]) -> bool:
+    """Whether each rank has room for its tokens."""
+    return all(needed <= left for needed, left in zip(tokens, room, strict=True))
 
 
 @dataclass

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graftwork.parallel.ranks import job_pid
 from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId
 from graftwork.training.tenant import Tenant
@@ -59,7 +59,7 @@ class Liveness:
             }
             for run, tenant in tenants.items()
         }  # fmt: skip
-        about = {"pid": os.getpid(), "time": now, "passes": passes, "runs": runs, "removed": list(self.removed)}
+        about = {"pid": job_pid(), "time": now, "passes": passes, "runs": runs, "removed": list(self.removed)}
         try:
             self.disk.publish_json(self.outputs.liveness_json, about)
         except OSError as error:

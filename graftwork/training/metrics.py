@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graftwork.store.queue import Batch, Version
 from graftwork.training.learner import Sums
 from graftwork.training.optim import StepOutcome
-from graftwork.training.packer import Example, MicroBatch
 
 
 @dataclass
 class Work:
-    """A batch that is being learnt. `left`: micro-batches still to do, next one last. alone: none is shared with other
-    runs. compute_seconds: spent on its micro-batches so far."""
+    """A batch that is being learnt. alone: no micro-batch is shared with other runs. compute_seconds: spent on its
+    micro-batches so far."""
 
     batch: Batch
     digest: str
-    examples: Sequence[Example]
-    left: list[MicroBatch]
     started: float
     alone: bool = False
     compute_seconds: float = 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graftwork.config.schema import OptimizerConfig
 from graftwork.lora.slots import SlotBank
+from graftwork.parallel.parts import fill, local
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -32,15 +33,18 @@ class StepOutcome:
 
 
 class SlotOptimizer:
-    """AdamW over one slot. Its moments are its own: a new run in the slot gets a new optimizer."""
+    """AdamW over one slot. Its moments are its own: a new run in the slot gets a new optimizer. With several ranks each
+    steps its part of the row: the parameter, its gradient and the moments are DTensors.
+
+    A step is two calls, so that it can be decided in one place: `sum_gradient` on all ranks, then `step` on all, with
+    the norm of the whole gradient.
+    """
 
     def __init__(self, bank: SlotBank, slot: int, config: OptimizerConfig, *, steps_taken: int) -> None:
         assert bank.gradients is not None
-        self.config = config
+        self.bank, self.slot, self.config = bank, slot, config
         self.steps_taken = steps_taken
-        self.parameter = bank.weights[slot].detach().requires_grad_()  # a leaf over the row's own memory
-        self.gradient = bank.gradients[slot]
-        self.parameter.grad = self.gradient
+        self.parameter = bank.rows[slot].detach().requires_grad_()  # a leaf over the row's own memory
         self.adamw = torch.optim.AdamW(
             [self.parameter],
             lr=config.learning_rate,
@@ -56,23 +60,36 @@ class SlotOptimizer:
         return (state["exp_avg"], state["exp_avg_sq"]) if state else None
 
     def restore(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """Take the moments of a run that took `steps_taken` steps."""
-        self.adamw.state[self.parameter] = {
-            "step": torch.tensor(float(self.steps_taken)),
-            "exp_avg": exp_avg.to(self.parameter.device),
-            "exp_avg_sq": exp_avg_sq.to(self.parameter.device),
-        }
+        """Take the moments, rows [P] on the CPU, of a run that took `steps_taken` steps."""
+        state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        held = {name: torch.zeros_like(self.parameter, requires_grad=False) for name in state}
+        for name, row in state.items():
+            fill(held[name], row)
+        self.adamw.state[self.parameter] = {"step": torch.tensor(float(self.steps_taken)), **held}
 
-    def step(self) -> StepOutcome:
-        """Clip this run's gradient, step if it is finite, and zero it. Touches nothing outside the slot's row."""
+    def sum_gradient(self) -> float:
+        """Sum the slot's gradients over the ranks; the square of the L2 norm of this rank's part."""
+        gradient = self.bank.summed_gradient(self.slot)
+        self.parameter.grad = gradient
+        return float(torch.linalg.vector_norm(local(gradient))) ** 2
+
+    def step(self, norm: float) -> StepOutcome:
+        """Clip this run's gradient, whose norm over all ranks is given, step if that is finite, and zero the gradient.
+        Touches nothing outside the slot's row."""
         rate = learning_rate(self.config, self.steps_taken + 1)
-        norm = float(torch.linalg.vector_norm(self.gradient))
         finite = math.isfinite(norm)
         if finite:
+            gradient = self.parameter.grad
+            assert gradient is not None, "sum_gradient comes first"
             if norm > self.config.clip_norm:
-                self.gradient.mul_(self.config.clip_norm / norm)
+                gradient.mul_(self.config.clip_norm / norm)
             self.adamw.param_groups[0]["lr"] = rate
             self.adamw.step()
             self.steps_taken += 1
-        self.gradient.zero_()
+        self.forget_gradient()
         return StepOutcome(norm, rate, skipped=not finite)
+
+    def forget_gradient(self) -> None:
+        assert self.bank.gradients is not None
+        self.bank.gradients[self.slot].zero_()
+        self.parameter.grad = None

@@ -3,13 +3,16 @@
 A micro-batch depends on its own run's sequences and on the token budget, on nothing else: so a run's arithmetic is the
 same beside other runs as alone (`isolation = "exact"`). `join` lays micro-batches of several runs behind one another
 (`isolation = "mixed"`): every run keeps its own rows and its own attention calls.
+
+With several ranks a run's sequences are dealt out over them, and the weights are those of all of them: so the sum of
+the ranks' gradients is the gradient of one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 import numpy as np
 import torch
@@ -96,10 +99,48 @@ def build(examples: Sequence[Example], weights: Sequence[float], device: torch.d
     )
 
 
-def pack(examples: Sequence[Example], weights: Sequence[float], budget: int, device: torch.device) -> list[MicroBatch]:
-    """All examples as micro-batches of at most `budget` tokens."""
-    parts = split([len(example.token_ids) for example in examples], budget)
-    return [build([examples[i] for i in part], [weights[i] for i in part], device) for part in parts]
+def idle_micro_batch(device: torch.device) -> MicroBatch:
+    """Two tokens (torch.compile takes one for a case of its own), and nothing to learn."""
+    rows, none = torch.arange(2, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    floats = torch.empty(0, device=device)
+    return MicroBatch(torch.zeros_like(rows), rows, PackedPlan([Group(0, 1, 2)]), none, none, floats, floats, floats)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the ranks learn of one run at the same time: one micro-batch each, or none.
+
+    tokens  of each rank's, 0 where it has none
+    micro   this rank's; None where it has none
+    """
+
+    tokens: tuple[int, ...]
+    micro: MicroBatch | None
+
+
+def shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices of sequences a rank: sorted by length (ties by index) and dealt out, so that every rank has sequences of
+    every length, and as many as the others or one less."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return [order[rank::ranks] for rank in range(ranks)]
+
+
+def pack(
+    examples: Sequence[Example], weights: Sequence[float], budget: int, device: torch.device, rank: int = 0,
+    ranks: int = 1,
+) -> list[Round]:  # fmt: skip
+    """All examples, dealt out over the ranks, as rounds of micro-batches of at most `budget` tokens a rank."""
+    lengths = [len(example.token_ids) for example in examples]
+    parts = [
+        [[share[i] for i in part] for part in split([lengths[i] for i in share], budget)]
+        for share in shares(lengths, ranks)
+    ]
+    rounds = []
+    for at_once in zip_longest(*parts, fillvalue=()):
+        own = at_once[rank]
+        micro = build([examples[i] for i in own], [weights[i] for i in own], device) if own else None
+        rounds.append(Round(tuple(sum(lengths[i] for i in part) for part in at_once), micro))
+    return rounds
 
 
 @dataclass(frozen=True)

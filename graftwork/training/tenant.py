@@ -8,20 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 from graftwork.adapters.formats.peft_write import peft_files
-from graftwork.adapters.snapshot import write_snapshot
 from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import RunConfig
 from graftwork.errors import BadBatch, RunError, StaleBatch
 from graftwork.store.chain import Link, append_link, begin_chain
-from graftwork.store.checkpoint import Checkpoint, save_checkpoint
-from graftwork.store.disk import Disk, Manifest, Pin, Staging, is_stable, json_line
+from graftwork.store.checkpoint import Checkpoint
+from graftwork.store.disk import Disk, Manifest, Pin, is_stable, json_line
 from graftwork.store.layout import RunTree, stable_steps, step_folder
 from graftwork.store.queue import BatchSize, Version, publish_version, read_batch, read_version
 from graftwork.store.status import State, Status, as_reason, write_status
 from graftwork.training.batches import BatchLimits, examples_of
-from graftwork.training.learner import Learner
+from graftwork.training.crew import Crew
+from graftwork.training.learner import Learner, Sums, gradient_norm
 from graftwork.training.metrics import Work, metrics_row
-from graftwork.training.packer import MicroBatch
+from graftwork.training.packer import Round
 from graftwork.training.retention import Retention
 from graftwork.training.runs import Seat
 
@@ -40,15 +40,15 @@ def refuse_links(tree: RunTree) -> None:
 
 
 class Tenant:
-    """`head` is the next micro-batch, `learned` is told when it went into the slot. What they raise from the error tree
+    """`head` is the next round, `learned` is told when it went into the slot. What they raise from the error tree
     ends this run and no other."""
 
     def __init__(
-        self, disk: Disk, tree: RunTree, config: RunConfig, status: Status, learner: Learner, max_tokens: int,
-        clock: Clock,
+        self, disk: Disk, tree: RunTree, config: RunConfig, status: Status, crew: Crew, learner: Learner,
+        max_tokens: int, clock: Clock,
     ) -> None:  # fmt: skip
-        self.disk, self.tree, self.config, self.status, self.learner = disk, tree, config, status, learner
-        self.max_tokens, self.clock = max_tokens, clock
+        self.disk, self.tree, self.config, self.status = disk, tree, config, status
+        self.crew, self.learner, self.max_tokens, self.clock = crew, learner, max_tokens, clock
         self.facts = AdapterFacts(config.model.path, learner.state.base_fingerprint)
         self.retention = Retention(disk, tree, config, learner.state.step)
         self.pin = Pin(tree.root)
@@ -141,27 +141,26 @@ class Tenant:
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
-    def head(self) -> MicroBatch | None:
-        """The micro-batch to learn next; None while there is no batch. Takes the next batch where there is one."""
+    def head(self) -> Round | None:
+        """The round to learn next; None while there is no batch. Takes the next batch where there is one."""
         if self.work is None and not self.finished:
             self.work = self._take_batch()
-        return None if self.work is None else self.work.left[-1]
+        return None if self.work is None else self.learner.rounds[-1]
 
-    def learned(self, seconds: float) -> None:
-        """The head's gradients are in the slot; it took `seconds`. Finishes the step after the batch's last."""
+    def learned(self, tokens: int, seconds: float) -> None:
+        """The head, of so many tokens, is learnt; it took `seconds`. Finishes the step after the batch's last."""
         work = self.work
         assert work is not None
-        self.tokens_learnt += len(work.left.pop().tokens)
+        self.tokens_learnt += tokens
         work.compute_seconds += seconds
-        if not work.left:
+        if not self.learner.rounds:
             self._finish_step(work)
-            self.work = None
 
     def begin_again(self) -> None:
         """Drop what was learnt of the batch, and learn it alone: a micro-batch that it shared came to nothing."""
         assert self.work is not None
-        self.learner.forget_gradient()
-        self.work = replace(self.work, left=self.learner.plan(self.work.examples)[::-1], alone=True)
+        self.crew.begin_again(self.learner)
+        self.work = replace(self.work, alone=True)
 
     def _take_batch(self) -> Work | None:
         step = self.step + 1
@@ -182,7 +181,8 @@ class Tenant:
         except BadBatch:
             self._set_aside(step)
             raise
-        return Work(batch, digest, examples, self.learner.plan(examples)[::-1], self.clock())
+        self.crew.feed(self.learner, examples)
+        return Work(batch, digest, self.clock())
 
     def _set_aside(self, step: int) -> None:
         """A batch that is at fault: a resume must not meet it again. That this cannot be done is said, but the batch's
@@ -203,7 +203,15 @@ class Tenant:
         )
 
     def _finish_step(self, work: Work) -> None:
-        outcome, sums = self.learner.step(work.digest)
+        reports = self.crew.reports(self.learner)
+        if faults := [f"rank {rank}: {report.fault}" for rank, report in enumerate(reports) if report.fault]:
+            if self.may_share:
+                self.begin_again()
+                return
+            raise RunError(f"run {self.tree.id}: step {self.step + 1}: {faults[0]}")
+        outcome = self.crew.step(self.learner, work.digest, gradient_norm(reports))
+        sums = Sums.merged([report.sums for report in reports])
+        self.work = None
         self.orchestrator_state = work.batch.orchestrator_state
         version = self._publish(skipped=outcome.skipped)
         append_link(self.disk, self.tree, self._link(work.digest, version, skipped=outcome.skipped))
@@ -229,7 +237,7 @@ class Tenant:
 
     def _publish(self, *, skipped: bool) -> Version:
         self._must_be_there()
-        adapter, state = self.learner.adapter(), self.learner.state
+        adapter, state = self.crew.adapter(self.learner), self.learner.state
         version = Version(self.tree.id, state.step, adapter.digest())
         files = peft_files(adapter, self.facts)
         if state.step == 0:
@@ -250,20 +258,16 @@ class Tenant:
         """Publish `checkpoints/step_k` for the step that the run is at, unless it is there."""
         if self.newest_checkpoint == self.step and self.tree.checkpoint(self.step).is_dir():
             return
-
-        def fill(staging: Staging) -> None:
-            write_snapshot(staging, self.learner.snapshot(self.orchestrator_state), self.facts)
-
         self._must_be_there()
         for path in (self.tree.chain_jsonl, self.tree.metrics_jsonl):
             if path.exists():
                 self.disk.sync_file(path)  # so that the lines up to a checkpoint are as durable as it is
-        save_checkpoint(self.disk, self.tree.checkpoints, self.step, fill)
+        self.crew.save(self.learner, self.tree.checkpoints, self.orchestrator_state, self.facts)
         self.newest_checkpoint = self.step
         self.retention.tidy_checkpoints()
 
     def release(self) -> None:
-        self.learner.release()
+        self.crew.vacate(self.learner.slot)
         self.pin.release()
 
     def take_over(self, orch_digest: str) -> None:

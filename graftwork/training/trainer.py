@@ -2,6 +2,8 @@
 
     pass = observe, reconcile, act; then every run that has work learns its share of tokens (training/fairness.py)
 
+With several ranks this is rank 0; the others follow (training/crew.py, worker.py).
+
 What goes wrong in a run's turn ends that run, with the reason in its status.json. What goes wrong in the trainer's own
 set-up ends the trainer.
 """
@@ -9,7 +11,6 @@ set-up ends the trainer.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +21,15 @@ from typing import TypeVar
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.source import InMemory
 from graftwork.config.schema import AdapterConfig, RunConfig, TrainerConfig
-from graftwork.errors import GraftworkError
+from graftwork.errors import GraftworkError, RankLost
 from graftwork.model.base import BaseModel
+from graftwork.parallel.ranks import job_pid
 from graftwork.store.disk import Claim, Disk
 from graftwork.store.layout import OutputTree, RunId
 from graftwork.store.status import TERMINAL, State, Status, as_reason, write_status
-from graftwork.training.fairness import DeficitRoundRobin
-from graftwork.training.learner import Banks, Learner, LearnerConfig, Part, learn
+from graftwork.training.crew import Crew
+from graftwork.training.fairness import DeficitRoundRobin, fits
+from graftwork.training.learner import Banks, LearnerConfig
 from graftwork.training.liveness import Liveness
 from graftwork.training.observe import Observer
 from graftwork.training.runs import (
@@ -45,19 +48,24 @@ from graftwork.training.runs import (
 )
 from graftwork.training.start import prepare_for, starting_point
 from graftwork.training.tenant import Clock, Tenant, refuse_links
+from graftwork.training.worker import Worker, unforeseen
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def unforeseen(error: Exception) -> str:
-    """The reason of a run that a bug ended."""
-    return as_reason(f"an error that nobody foresaw: {type(error).__name__}: {error}; the trainer's log has more")
-
-
 def door_at(path: str | None) -> InMemory | None:
     """The trainer's own init adapter, read once. Raises AdapterError."""
     return None if path is None else read_peft(Path(path))
+
+
+def worker_of(config: TrainerConfig, base: BaseModel, disk: Disk, door: InMemory | None) -> Worker:
+    """What every rank has when it begins: the slots, and the trainer's own init adapter in slot 0. All ranks take part.
+    Raises MisfitAdapter when that adapter does not fit."""
+    banks = Banks.of(base, config.slots)
+    if door is not None:
+        banks.training.write(0, prepare_for(base, door, AdapterConfig(), 0))
+    return Worker(base, banks, disk)
 
 
 @dataclass
@@ -69,7 +77,6 @@ class Trainer:
     disk: Disk
     door: InMemory | None
     clock: Clock = time.monotonic
-    banks: Banks = field(init=False)
     tenants: dict[RunId, Tenant] = field(default_factory=dict)
     some_ended: bool = False
     passes: int = 0
@@ -79,23 +86,24 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.outputs = OutputTree(Path(self.config.output_dir).absolute())
-        self.banks = Banks.of(self.base, self.config.slots)
+        self.crew = Crew(worker_of(self.config, self.base, self.disk, self.door), self.config.rank_timeout_seconds / 3)
         self.observer = Observer(self.outputs)
-        self.shares = DeficitRoundRobin(self.config.tokens_per_micro_batch)
+        self.shares = DeficitRoundRobin(self.config.tokens_per_micro_batch * self.base.ranks.size)
         self.liveness = Liveness(self.disk, self.outputs)
+
+    @property
+    def banks(self) -> Banks:
+        return self.crew.worker.banks
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
     def open(self) -> Claim:
-        """Claim the output tree, say who we are in trainer.json, and put the door's adapter into slot 0.
-
-        Raises Busy when another trainer holds the tree, MisfitAdapter when the door's adapter does not fit the slots.
-        """
+        """Claim the output tree, and say who we are in trainer.json. Raises Busy when another trainer holds the
+        tree."""
         claim = self.disk.claim(self.outputs.trainer_lock, "a trainer")
-        if self.door is not None:
-            self.banks.training.write(0, prepare_for(self.base, self.door, AdapterConfig(), 0))
         about = {
-            "pid": os.getpid(),
+            "pid": job_pid(),
+            "ranks": self.base.ranks.size,
             "base": self.config.model.path,
             "base_fingerprint": self.base.fingerprint,
             "dtype": str(self.base.dtype).removeprefix("torch."),
@@ -116,6 +124,7 @@ class Trainer:
             if not self.one_pass():
                 if self.config.exit_when_done and self.done():
                     return
+                self.crew.idle()
                 time.sleep(self.config.poll_interval_seconds)
 
     def one_pass(self) -> bool:
@@ -149,7 +158,7 @@ class Trainer:
 
     def _work(self) -> bool:
         """Every run that has work learns what it is granted; whether there was any."""
-        with_work = [tenant for tenant in self._seated() if self._head_tokens(tenant)]
+        with_work = [tenant for tenant in self._seated() if self._head(tenant)]
         self.shares.grant(tenant.tree.id for tenant in with_work)
         together = [tenant for tenant in with_work if tenant.may_share]
         for lane in [*([tenant] for tenant in with_work if not tenant.may_share), together]:
@@ -157,39 +166,41 @@ class Trainer:
                 self._learn(chosen)
         return bool(with_work)
 
-    def _head_tokens(self, tenant: Tenant) -> int:
-        """Tokens of the run's next micro-batch; 0 when it has none, or no slot any more."""
+    def _head(self, tenant: Tenant) -> tuple[int, ...]:
+        """Tokens of the run's next round, by rank; none when it has no round, or no slot any more."""
         if tenant.tree.id not in self.tenants:
-            return 0
+            return ()
         head = self._guarded(tenant, tenant.head)
-        return 0 if head is None else len(head.tokens)
+        return () if head is None else head.tokens
 
     def _next_of(self, lane: Sequence[Tenant]) -> list[Tenant]:
-        """The runs whose next micro-batches are learnt together: as many as can afford it, up to the token budget."""
+        """The runs whose next rounds are learnt together: as many as can afford it, up to each rank's token budget."""
         chosen: list[Tenant] = []
-        room = self.config.tokens_per_micro_batch
+        room = [self.config.tokens_per_micro_batch] * self.base.ranks.size
         for tenant in lane:
-            tokens = self._head_tokens(tenant)
+            tokens = self._head(tenant)
             if not tokens:
                 self.shares.forget(tenant.tree.id)
-            elif tokens <= room and self.shares.affords(tenant.tree.id, tokens):
+            elif fits(tokens, room) and self.shares.affords(tenant.tree.id, sum(tokens)):
                 if not tenant.may_share:
                     return chosen or [tenant]
                 chosen.append(tenant)
-                room -= tokens
+                room = [left - taken for left, taken in zip(room, tokens, strict=True)]
         return chosen
 
     def _learn(self, together: Sequence[Tenant]) -> None:
-        """One joint micro-batch; a run alone is the usual case. One that fails is not charged to anyone: its runs learn
-        their batches again, alone."""
-        micros = [tenant.head() for tenant in together]
-        parts = [Part(t.learner, micro) for t, micro in zip(together, micros, strict=True) if micro is not None]
+        """One joint round; a run alone is the usual case. One that fails is not charged to anyone: its runs learn their
+        batches again, alone."""
+        learners = [tenant.learner for tenant in together]
+        tokens = [sum(one.rounds[-1].tokens) for one in learners]
         began = self.clock()
-        if len(parts) == 1:
-            self._guarded(together[0], lambda: learn(parts))
+        if len(together) == 1:
+            self._guarded(together[0], lambda: self.crew.learn(learners))
         else:
             try:
-                learn(parts)
+                self.crew.learn(learners)
+            except RankLost:
+                raise
             except Exception:
                 log.exception(
                     "a micro-batch of %s failed; each learns alone", ", ".join(str(t.tree.id) for t in together)
@@ -198,15 +209,15 @@ class Trainer:
                     tenant.begin_again()
                 return
         seconds = self.clock() - began
-        for tenant, part in zip(together, parts, strict=True):
+        for tenant, learnt in zip(together, tokens, strict=True):
             if tenant.tree.id in self.tenants:
-                self._count(tenant, len(part.micro.tokens), seconds)
+                self._count(tenant, learnt, seconds)
 
     def _count(self, tenant: Tenant, tokens: int, seconds: float) -> None:
-        """A run's micro-batch is learnt."""
+        """A run's round is learnt."""
 
         def count() -> None:
-            tenant.learned(seconds)
+            tenant.learned(tokens, seconds)
             self._settle(tenant)
 
         self.shares.spend(tenant.tree.id, tokens)
@@ -237,6 +248,8 @@ class Trainer:
         """
         try:
             return work()
+        except RankLost:
+            raise
         except (GraftworkError, OSError) as error:
             self._end(tenant, "failed", as_reason(error))
         except Exception as error:
@@ -319,10 +332,12 @@ class Trainer:
         try:
             refuse_links(seen.tree)
             checkpoint, snapshot = starting_point(self.disk, self.base, self.door, seen, start)
-            learner = Learner(self.banks, slot, self._learner_config(seen.config), snapshot)
+            learner = self.crew.seat(slot, checkpoint, snapshot, seen.config, self._learner_config(seen.config))
             status = Status(str(run), "active", seen.orch_digest, arrival, admitted=True, slot=slot)
             max_tokens = min(self.config.tokens_per_micro_batch, self.base.max_positions)
-            tenant = Tenant(self.disk, seen.tree, seen.config, status, learner, max_tokens, self.clock)
+            tenant = Tenant(self.disk, seen.tree, seen.config, status, self.crew, learner, max_tokens, self.clock)
+        except RankLost:
+            raise
         except (GraftworkError, OSError) as error:
             self._refuse(seen, arrival, slot, as_reason(error))
             return
@@ -332,13 +347,14 @@ class Trainer:
             return
         self.tenants[run] = tenant
         go_back = isinstance(start, FromCheckpoint) and start.step is not None
-        log.info("run %s: slot %d, from step %d (%s)", run, slot, learner.state.step, learner.state.start)
+        said = f"run {run}: slot {slot}, from step {learner.state.step} ({learner.state.start})"
+        self.crew.say(logging.INFO, said)
         self._guarded(tenant, lambda: tenant.open(checkpoint, go_back=go_back))
 
     def _refuse(self, seen: SeenRun, arrival: int, slot: int, reason: str) -> None:
-        self.banks.reset(slot)
+        self.crew.vacate(slot)
         self.some_ended = True
-        log.error("run %s: failed: %s", seen.tree.id, reason)
+        self.crew.say(logging.ERROR, f"run {seen.tree.id}: failed: {reason}")
         self._note(seen, arrival, "failed", reason)
 
     def _end(self, tenant: Tenant, state: State, reason: str | None, *, checkpoint: bool = False) -> None:
@@ -348,6 +364,8 @@ class Trainer:
         if checkpoint:
             try:
                 tenant.checkpoint()
+            except RankLost:
+                raise
             except (GraftworkError, OSError) as error:
                 state, reason = "failed", f"{reason or state}; its checkpoint could not be written: {error}"
         try:
@@ -360,8 +378,10 @@ class Trainer:
             self.liveness.note_removed(run, tenant.step)
         self._vacate(tenant)
         self.some_ended = True
-        log.log(logging.INFO if reason is None else logging.ERROR, "run %s: %s at step %d%s", run, state, tenant.step,
-                "" if reason is None else f": {reason}")  # fmt: skip
+        why = "" if reason is None else f": {reason}"
+        self.crew.say(
+            logging.INFO if reason is None else logging.ERROR, f"run {run}: {state} at step {tenant.step}{why}"
+        )
 
     def _learner_config(self, config: RunConfig) -> LearnerConfig:
         return LearnerConfig(

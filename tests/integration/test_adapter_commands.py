@@ -911,9 +911,7 @@ def test_experts_of_an_older_trainer_go_on_learning(
     )
     config = LearnerConfig(OptimizerConfig(), None, 1.0, tokens_per_micro_batch=40, logprob_chunk_tokens=32)
     learner = Learner(Banks.of(base, 1), 0, config, snapshot)
-    for micro in learner.plan(examples()):
-        learner.learn(micro)
-    outcome, sums = learner.step("batch")
+    outcome, sums = learner.learn_from(examples(), "batch")
 
     assert not outcome.skipped and 0 < outcome.gradient_norm < math.inf
     assert math.isfinite(sums.loss) and learner.state.step == 1

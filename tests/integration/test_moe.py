@@ -24,7 +24,7 @@ from graftwork.model.base import BaseModel, load_base
 from graftwork.model.inject import Route
 from graftwork.model.logprobs import token_logprobs
 from graftwork.store.queue import publish_batch, read_version
-from graftwork.training.learner import Banks, Learner, LearnerConfig
+from graftwork.training.learner import Banks, Learner, LearnerConfig, gradient_norm, learn
 from graftwork.training.packer import Example, build
 from proofs.adapter_models import MIDDLE, logits, sequences
 
@@ -179,8 +179,9 @@ def test_a_padded_import_starts_at_the_sources_loss_and_its_new_directions_learn
             Example(rng.integers(0, VOCAB, 9).astype(np.int32), np.arange(9) > 2, np.zeros(9, np.float32), 1.0)
             for _ in range(6)
         ]
-        for micro in learner.plan(examples):
-            learner.learn(micro)
+        learner.feed(examples)
+        while learner.rounds:
+            learn([learner])
         losses.append(learner.sums.loss)
         learners.append(learner)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -195,6 +196,6 @@ def test_a_padded_import_starts_at_the_sources_loss_and_its_new_directions_learn
         else:
             assert new.abs().sum(0).all(), path
     before = padded.adapter()
-    padded.step("a" * 64)
+    padded.step("a" * 64, gradient_norm([padded.report()]))
     after = padded.adapter()
     assert all((after.pairs[path].b[..., 2:] != before.pairs[path].b[..., 2:]).any() for path in before.pairs)

@@ -17,9 +17,9 @@ def test_split_takes_every_index_once_within_the_budget(sizes: list[int], budget
     assert all(part and sum(sizes[i] for i in part) <= budget for part in parts)
 
 
-@given(lengths, st.integers(30, 90), st.integers(0, 2**32 - 1))
+@given(lengths, st.integers(30, 90), st.integers(0, 2**32 - 1), st.integers(1, 5))
 def test_rows_hold_each_sequence_whole_and_loss_rows_predict_their_targets(
-    sizes: list[int], budget: int, seed: int
+    sizes: list[int], budget: int, seed: int, ranks: int
 ) -> None:
     rng = np.random.default_rng(seed)
     examples = []
@@ -29,7 +29,12 @@ def test_rows_hold_each_sequence_whole_and_loss_rows_predict_their_targets(
         tokens = rng.integers(0, 1000, size).astype(np.int32)
         examples.append(Example(tokens, mask, np.full(size, -index, np.float32), float(index)))
     weights = [1.0 + index for index in range(len(sizes))]
-    micros = pack(examples, weights, budget, torch.device("cpu"))
+    micros = [
+        micro
+        for rank in range(ranks)
+        for round in pack(examples, weights, budget, torch.device("cpu"), rank, ranks)
+        if (micro := round.micro) is not None
+    ]
     seen: list[tuple[int, ...]] = []
     for micro in micros:
         assert len(micro.tokens) <= budget

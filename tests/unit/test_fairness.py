@@ -23,7 +23,7 @@ from torch import Tensor
 from graftwork.config.load import dump
 from graftwork.config.schema import ModelConfig, SamplingConfig
 from graftwork.model.attention import AttentionPlan
-from graftwork.model.base import BaseModel
+from graftwork.model.base import Ask, BaseModel
 from graftwork.model.inject import Route
 from graftwork.store.disk import read_lines
 from graftwork.store.layout import OutputTree, RunId, RunTree
@@ -280,9 +280,11 @@ class SlowBase(BaseModel):
 
     clock: Clock = field(default_factory=Clock)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, route: Route) -> Tensor:
+    def logprobs(
+        self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, route: Route, asks: Sequence[Ask], chunk: int
+    ) -> list[tuple[Tensor, Tensor]]:
         self.clock.now += 10
-        return super().hidden(tokens, positions, plan, route)
+        return super().logprobs(tokens, positions, plan, route, asks, chunk)
 
 
 def test_waiting_for_a_turn_is_measured_apart_from_work_and_from_waiting_for_a_batch(

@@ -19,13 +19,13 @@ from graftwork.adapters.source import InMemory
 from graftwork.config.load import dump
 from graftwork.config.schema import LossConfig, ModelConfig, OptimizerConfig
 from graftwork.model.attention import AttentionPlan
-from graftwork.model.base import BaseModel
+from graftwork.model.base import Ask, BaseModel
 from graftwork.model.inject import Route
 from graftwork.store.disk import read_lines
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.queue import Version, publish_batch, read_version
-from graftwork.training.learner import Banks, Learner, LearnerConfig, Part, learn
-from graftwork.training.packer import Example
+from graftwork.training.learner import Banks, Learner, LearnerConfig, learn
+from graftwork.training.packer import Example, Round
 from proofs.made_up import VOCAB, random_adapter
 from proofs.neighbour_lab import Clock, Lab, SceneDisk, made_up_batch, status_of
 
@@ -58,14 +58,29 @@ class Tenancy:
         snapshot = snapshot_of(prepare(InMemory(adapters[0]), banks.base.spec), banks.base.fingerprint)
         snapshot = replace(snapshot, reference=adapters[1])  # another than its own, so that the KL term has a gradient
         learner = Learner(banks, slot, LearnerConfig(OptimizerConfig(), self.loss, self.temperature, 512, 16), snapshot)
-        [micro] = learner.plan([self._example(index, length) for index, length in enumerate(self.lengths)])
-        return Part(learner, micro)
+        learner.feed([self._example(index, length) for index, length in enumerate(self.lengths)])
+        [only] = learner.rounds
+        return Part(learner, only)
 
     def _example(self, index: int, length: int) -> Example:
         rng = np.random.default_rng([self.seed, index])
         mask = np.arange(length) >= 2
         tokens = rng.integers(0, VOCAB, length).astype(np.int32)
         return Example(tokens, mask, (-4 * rng.random(length)).astype(np.float32), float(rng.normal()))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run, and the round that it learns."""
+
+    learner: Learner
+    round: Round
+
+
+def learn_together(parts: Sequence[Part]) -> None:
+    for part in parts:
+        part.learner.rounds = [part.round]
+    learn([part.learner for part in parts])
 
 
 TENANCIES = (
@@ -84,12 +99,14 @@ def parts_of(base: BaseModel, which: Sequence[int]) -> list[Part]:
 
 
 def gradient(part: Part) -> Tensor:
-    return part.learner.optimizer.gradient.clone()
+    gradients = part.learner.banks.training.gradients
+    assert gradients is not None
+    return gradients[part.learner.slot].clone()
 
 
 def learn_alone(part: Part) -> Tensor:
     """Its gradient, and a slot as if it had learnt nothing."""
-    learn([part])
+    learn_together([part])
     own = gradient(part)
     part.learner.forget_gradient()
     return own
@@ -99,7 +116,7 @@ def learn_alone(part: Part) -> Tensor:
 def test_a_joint_micro_batch_gives_each_run_its_own_gradient(base: BaseModel, which: tuple[int, ...]) -> None:
     parts = parts_of(base, which)
     alone = [learn_alone(part) for part in parts]
-    learn(parts)
+    learn_together(parts)
     for part, own in zip(parts, alone, strict=True):
         assert own.norm() > 0
         assert (gradient(part) - own).norm() <= BAR * own.norm()
@@ -112,10 +129,10 @@ def test_losses_and_sums_are_each_runs_own(base: BaseModel, which: tuple[int, ..
     parts = parts_of(base, which)
     alone = []
     for part in parts:
-        learn([part])
+        learn_together([part])
         alone.append(part.learner.sums)
         part.learner.forget_gradient()
-    learn(parts)
+    learn_together(parts)
     for part, own in zip(parts, alone, strict=True):
         sums = part.learner.sums
         assert (sums.tokens, sums.loss_tokens) == (own.tokens, own.loss_tokens)
@@ -129,8 +146,8 @@ def test_a_single_part_is_bit_equal_to_learning_alone(base: BaseModel, tenancy: 
     [only] = parts_of(base, (tenancy,))
     others = [other for other in range(len(TENANCIES)) if other != tenancy]
     parts = parts_of(base, (*others[:2], tenancy, *others[2:]))
-    learn(parts[:2])
-    learn([parts[2]])
+    learn_together(parts[:2])
+    learn_together([parts[2]])
     assert torch.equal(gradient(parts[2]), learn_alone(only))
 
 
@@ -142,7 +159,10 @@ def nan_weights(part: Part) -> Part:
 
 
 def infinite_advantages(part: Part) -> Part:
-    return replace(part, micro=replace(part.micro, advantages=torch.full_like(part.micro.advantages, float("inf"))))
+    micro = part.round.micro
+    assert micro is not None
+    infinite = replace(micro, advantages=torch.full_like(micro.advantages, float("inf")))
+    return replace(part, round=replace(part.round, micro=infinite))
 
 
 def huge_weights(part: Part) -> Part:
@@ -162,9 +182,9 @@ def test_what_is_not_finite_in_one_run_stays_in_it(
     other products out of the same numbers, so there it is equal to rounding."""
     good, bad = parts_of(base, which), parts_of(base, which)
     hurt = next(place for place, tenancy in enumerate(which) if TENANCIES[tenancy].loss)  # only these have advantages
-    learn(good)
+    learn_together(good)
     bad[hurt] = harm(bad[hurt])
-    learn(bad)
+    learn_together(bad)
     assert not gradient(bad.pop(hurt)).isfinite().all() and gradient(good.pop(hurt)).isfinite().all()
     same_rows = harm is infinite_advantages or not any(".experts." in path for path in base.spec.shapes)
     for before, after in zip(good, bad, strict=True):
@@ -185,11 +205,13 @@ class WatchedBase(BaseModel):
     counts: list[int] = field(default_factory=list)
     refuse: Callable[[set[int]], bool] = lambda slots: False
 
-    def hidden(self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, route: Route) -> Tensor:
+    def logprobs(
+        self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, route: Route, asks: Sequence[Ask], chunk: int
+    ) -> list[tuple[Tensor, Tensor]]:
         self.counts.append(len(route.segments))
         if self.refuse({segment.slot for segment in route.segments}):
             raise RuntimeError("refused")
-        return super().hidden(tokens, positions, plan, route)
+        return super().logprobs(tokens, positions, plan, route, asks, chunk)
 
 
 class Duo:

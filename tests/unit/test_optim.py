@@ -9,7 +9,7 @@ from support import random_adapter
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec
 from graftwork.config.schema import OptimizerConfig
 from graftwork.lora.slots import SlotBank
-from graftwork.training.optim import SlotOptimizer, learning_rate
+from graftwork.training.optim import SlotOptimizer, StepOutcome, learning_rate
 
 SPEC = SlotSpec(4, {"q_proj": (6, 10), "down_proj": (10, 7)})
 CONFIG = OptimizerConfig(learning_rate=0.01, clip_norm=0.5, weight_decay=0.1, warmup_steps=2)
@@ -19,6 +19,10 @@ def _bank() -> SlotBank:
     bank = SlotBank(SPEC, 3, device=torch.device("cpu"), dtype=torch.float32, gradients=True)
     bank.write(1, PreparedInitAdapter(random_adapter(SPEC.shapes, 4), 4, 8.0, "", {}))
     return bank
+
+
+def take_step(optimizer: SlotOptimizer) -> StepOutcome:
+    return optimizer.step(math.sqrt(optimizer.sum_gradient()))
 
 
 def test_steps_equal_torch_adamw_with_clipping() -> None:
@@ -39,7 +43,7 @@ def test_steps_equal_torch_adamw_with_clipping() -> None:
         norm = torch.nn.utils.clip_grad_norm_(plain, 0.5)
         adamw.param_groups[0]["lr"] = learning_rate(CONFIG, step)
         adamw.step()
-        outcome = optimizer.step()
+        outcome = take_step(optimizer)
         assert outcome.gradient_norm == pytest.approx(float(norm), rel=1e-5)
         assert bank.gradients.count_nonzero() == 0
     read = bank.read(1).pairs
@@ -56,7 +60,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_gone_afterwards(ba
     before = bank.weights.clone()
     optimizer = SlotOptimizer(bank, 1, CONFIG, steps_taken=0)
     bank.gradients[1, 5] = bad
-    outcome = optimizer.step()
+    outcome = take_step(optimizer)
     assert outcome.skipped and optimizer.steps_taken == 0 and optimizer.moments is None
     assert torch.equal(bank.weights, before) and bank.gradients.count_nonzero() == 0
 
@@ -64,10 +68,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_gone_afterwards(ba
 def test_restored_moments_go_on_bit_equal() -> None:
     def steps(optimizer: SlotOptimizer, first: int, last: int) -> None:
         for step in range(first, last + 1):
-            optimizer.gradient.copy_(
-                torch.randn(optimizer.gradient.shape, generator=torch.Generator().manual_seed(step))
-            )
-            optimizer.step()
+            gradient = optimizer.bank.gradients
+            assert gradient is not None
+            gradient[1].copy_(torch.randn(gradient[1].shape, generator=torch.Generator().manual_seed(step)))
+            take_step(optimizer)
 
     whole, halves = _bank(), _bank()
     steps(SlotOptimizer(whole, 1, CONFIG, steps_taken=0), 1, 6)

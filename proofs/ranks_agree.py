@@ -1,0 +1,179 @@
+"""What several ranks compute against what one computes; run by torchrun, in every rank:
+
+    torchrun --standalone --nproc-per-node 2 -m proofs.ranks_agree gradients BASE OUT.json
+    torchrun --standalone --nproc-per-node 4 -m proofs.ranks_agree carry BASE FROM TO OUT.json
+
+gradients   a step's gradient on all ranks, the base sharded and replicated, against the gradient on one
+carry       take a run's checkpoint FROM/checkpoints/step_k up and write it as TO/checkpoints/step_k
+train       three steps of a run from its step_0 in FROM, and its checkpoint in TO
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftwork.adapters.prepare import prepare
+from graftwork.adapters.snapshot import Snapshot, snapshot_of
+from graftwork.adapters.source import AdapterFacts, InMemory
+from graftwork.config.schema import AdapterConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
+from graftwork.model.base import BaseModel, Placement, load_base
+from graftwork.parallel.parts import whole
+from graftwork.parallel.ranks import Ranks
+from graftwork.store.disk import Disk
+from graftwork.training.crew import Crew
+from graftwork.training.learner import Banks, Learner, LearnerConfig, gradient_norm, learn
+from graftwork.training.packer import Example
+from graftwork.training.start import open_start
+from graftwork.training.worker import Worker
+from proofs.adapter_models import VOCAB
+from proofs.made_up import random_adapter
+
+SLOT_RANK, SLOTS, BUDGET = 4, 3, 40
+STEPS = 3
+RUNS: Sequence[tuple[int, LossConfig | None, Sequence[int]]] = (
+    (4, LossConfig(), (5, 9, 9, 12, 7, 30, 6)),
+    (1, LossConfig(kl_coefficient=0.5, normaliser="sequence_mean"), (7, 7, 21)),
+    (3, None, (11,)),
+)
+"""Rank, loss and lengths of sequences: more than one micro-batch a rank, fewer than ranks, one alone."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("base")
+    parser.add_argument("paths", nargs="+", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ranks = Ranks.of_torchrun(torch.device("cpu"), 120)
+    found = WHAT[options.what](ranks, options.base, *options.paths[:-1])
+    if ranks.leads:
+        Disk().publish_json(options.paths[-1], found)
+    ranks.exit()
+
+
+def model_config(base: str) -> ModelConfig:
+    return ModelConfig(path=base, dtype="float32", device="cpu")
+
+
+def based(base: str, placement: Placement) -> BaseModel:
+    return load_base(model_config(base), LoraConfig(max_rank=SLOT_RANK), placement)
+
+
+def examples_of(lengths: Sequence[int], seed: int) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    return [
+        Example(
+            rng.integers(0, VOCAB, length).astype(np.int32), np.arange(length) >= 2,
+            (-4 * rng.random(length)).astype(np.float32), float(rng.normal()),
+        )
+        for length in lengths
+    ]  # fmt: skip
+
+
+def snapshot_for(base: BaseModel, rank: int, seed: int) -> Snapshot:
+    """A start with random factors, and another adapter as the KL reference."""
+    adapter, other = (random_adapter(base.spec.shapes, rank, seed=seed + i) for i in range(2))
+    made = snapshot_of(prepare(InMemory(adapter), base.spec), base.fingerprint)
+    return Snapshot(made.state, made.adapter, None, other, None)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradients(ranks: Ranks, base: str) -> dict[str, Any]:
+    """|difference| / |gradient of one rank|, by placement and by whether the runs share their micro-batches."""
+    alone = gradients_on(based(base, Placement(Ranks.alone())), together=False)
+    found = {}
+    for sharded in (True, False):
+        own = based(base, Placement(ranks, sharded=sharded))
+        for together in (False, True):
+            pairs = zip(gradients_on(own, together=together), alone, strict=True)
+            name = f"{'sharded' if sharded else 'replicated'}{', mixed' if together else ''}"
+            found[name] = max(float((ours - one).norm() / one.norm()) for ours, one in pairs)
+    return found
+
+
+def gradients_on(base: BaseModel, *, together: bool) -> list[Tensor]:
+    """Each run's whole gradient [P]."""
+    banks = Banks.of(base, SLOTS)
+    learners = []
+    for slot, (rank, loss, lengths) in enumerate(RUNS):
+        config = LearnerConfig(OptimizerConfig(), loss, 1.0, BUDGET, 16)
+        learners.append(Learner(banks, slot, config, snapshot_for(base, rank, slot)))
+        learners[-1].feed(examples_of(lengths, slot))
+    while left := [one for one in learners if one.rounds]:
+        learn(left if together else left[:1])
+    for one in learners:
+        one.report()
+    rows = [one.optimizer.parameter.grad for one in learners]
+    return [whole(row).clone() for row in rows if row is not None]
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def led(ranks: Ranks, base: str, work: Callable[[Crew], dict[str, Any]]) -> dict[str, Any]:
+    """Rank 0 does the work with a crew of all ranks; the others follow."""
+    own = based(base, Placement(ranks))
+    worker = Worker(own, Banks.of(own, SLOTS), Disk())
+    if not ranks.leads:
+        worker.follow()
+        return {}
+    crew = Crew(worker, idle_seconds=60)
+    found = work(crew)
+    crew.quit()
+    return found
+
+
+def seated(crew: Crew, base: str, run: Path) -> Learner:
+    """The run of a folder, in slot 1, from its newest checkpoint."""
+    config = RunConfig(model=model_config(base), adapter=AdapterConfig(), loss=LossConfig(kl_coefficient=0.1))
+    learner = LearnerConfig(config.optimizer, config.loss, 1.0, BUDGET, 16)
+    checkpoint, snapshot = open_start(
+        run / "checkpoints", None, crew.worker.base, config.adapter, 0, needs_reference=True
+    )
+    return crew.seat(1, checkpoint, snapshot, config, learner)
+
+
+def train(ranks: Ranks, base: str, source: Path, target: Path) -> dict[str, Any]:
+    def work(crew: Crew) -> dict[str, Any]:
+        one = seated(crew, base, source)
+        for step in range(1, STEPS + 1):
+            crew.feed(one, examples_of((5, 9, 9, 12, 7, 30, 6), step))
+            while one.rounds:
+                crew.learn([one])
+            crew.step(one, f"batch {step}", gradient_norm(crew.reports(one)))
+        return saved(crew, one, target)
+
+    return led(ranks, base, work)
+
+
+def carry(ranks: Ranks, base: str, source: Path, target: Path) -> dict[str, Any]:
+    return led(ranks, base, lambda crew: saved(crew, seated(crew, base, source), target))
+
+
+def saved(crew: Crew, one: Learner, target: Path) -> dict[str, Any]:
+    """The files of the checkpoint, and what they hold when put together."""
+    if target.exists():
+        shutil.rmtree(target)
+    crew.save(one, target / "checkpoints", None, AdapterFacts("base"))
+    _, snapshot = open_start(target / "checkpoints", None, crew.worker.base, AdapterConfig(), 0, needs_reference=True)
+    crew.vacate(one.slot)
+    files = sorted(path.name for path in (target / "checkpoints").glob("step_*/trainer/*"))
+    moments = [moment.digest() for moment in snapshot.moments or ()]
+    return {"files": files, "step": snapshot.state.step, "masters": snapshot.adapter.digest(), "moments": moments}
+
+
+WHAT: dict[str, Callable[..., dict[str, Any]]] = {"gradients": gradients, "train": train, "carry": carry}
+
+if __name__ == "__main__":
+    main()
