@@ -69,11 +69,11 @@ def children_of(pid: int) -> list[int]:
 def wait_until_gone(pids: Sequence[int], timeout_seconds: float = 30.0) -> None:
     """Wait for killed processes to be gone, so that no lock of theirs is left."""
     end = time.monotonic() + timeout_seconds
-    while any(_alive(pid) for pid in pids) and time.monotonic() < end:
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.01)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

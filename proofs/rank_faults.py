@@ -1,19 +1,16 @@
-"""A rank fails while a checkpoint is written; run by torchrun, in every rank:
+"""A rank fails while a checkpoint is written. On every rank, by on_ranks.py:
 
-    torchrun --standalone --nproc-per-node 2 -m proofs.rank_faults errors BASE FOLDER all OUT.json
-    torchrun --standalone --nproc-per-node 2 --max-restarts 1 -m proofs.rank_faults kill BASE FOLDER RANK:K OUT.json
+errors   for each rank r and each storage operation k of a checkpoint ("all", or "r:k,r:k"): k fails on r with "no space
+         left". Then the run must fail with that reason, nothing of the checkpoint may be visible, all ranks must have
+         logged the same, and a resume must end with the bytes of the run that nothing happened to.
+kill     rank r dies right after its operation k ("r:k"); torchrun starts the job again.
 
-errors   for each rank r and each storage operation k of a checkpoint (or the r:k,r:k that are given): k fails on r with
-         "no space left". Then the run must fail with that reason, nothing of it may be visible, all ranks must
-         have logged the same, and a resume must end with the bytes of the run that nothing happened to.
-kill     rank r dies right after its operation k; torchrun starts the job again.
-
-An operation is one primitive of `store/disk.py` under the run's checkpoints/. Each rank counts its own.
+An operation is one primitive of `store/disk.py` under the run's checkpoints/. Each rank counts its own; k = 0 is the
+last, -1 the one before it.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import logging
 import os
@@ -22,8 +19,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from graftwork.config.load import dump, load
 from graftwork.config.schema import AdapterConfig, LoraConfig, LossConfig, ModelConfig, RunConfig, TrainerConfig
@@ -109,7 +104,7 @@ class Lab:
         model = ModelConfig(path=base, dtype="float32", device="cpu")
         lab = Lab(ranks, load_base(model, LoraConfig(max_rank=SLOT_RANK), Placement(ranks)), model, folder)
         logger = logging.getLogger("graftwork")
-        logger.addHandler(lab.heard)
+        logger.handlers = [lab.heard]
         logger.propagate = False
         return lab
 
@@ -160,8 +155,8 @@ def bytes_of(tree: RunTree) -> dict[str, bytes]:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def errors(ranks: Ranks, base: str, folder: Path, which: str) -> dict[str, Any]:
-    lab = Lab.of(ranks, base, folder)
+def errors(ranks: Ranks, base: str, folder: str, which: str) -> dict[str, Any]:
+    lab = Lab.of(ranks, base, Path(folder))
     if ranks.leads:
         lab.lay("whole")
     first = Armed(lab.tree("whole").checkpoints)
@@ -225,9 +220,9 @@ def _failed_with_a_word(tree: RunTree, rank: int) -> list[str]:
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-def kill(ranks: Ranks, base: str, folder: Path, which: str) -> dict[str, Any]:
+def kill(ranks: Ranks, base: str, folder: str, which: str) -> dict[str, Any]:
     """One kill; torchrun's second start of the job ends it."""
-    lab, [(rank, k)] = Lab.of(ranks, base, folder), pairs(which)
+    lab, [(rank, k)] = Lab.of(ranks, base, Path(folder)), pairs(which)
     second = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
     armed = not second and ranks.rank == int(rank)
     if ranks.leads and not second:
@@ -238,24 +233,3 @@ def kill(ranks: Ranks, base: str, folder: Path, which: str) -> dict[str, Any]:
     lab.live("whole", Armed(lab.tree("whole").checkpoints))
     same = not ranks.leads or bytes_of(lab.tree("killed")) == bytes_of(lab.tree("whole"))
     return {"killed": second, "same": same}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["errors", "kill"])
-    parser.add_argument("base")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("which")
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    ranks = Ranks.of_torchrun(torch.device("cpu"), 60)
-    work = errors if options.what == "errors" else kill
-    found = work(ranks, options.base, options.folder, options.which)
-    if ranks.leads:
-        Disk().publish_json(options.out, found)
-    ranks.exit()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from graftwork.config.schema import ModelConfig
 from graftwork.programs.verify import verify_run
 from graftwork.store.layout import OutputTree
 from graftwork.store.status import TERMINAL, read_status
-from proofs.killing import children_of
+from proofs.killing import alive, children_of
 from proofs.workload import Outcome, feed, outcome_of, trainer_config, trees_of, unfinished, write_run
 
 POLL_SECONDS = 0.02
@@ -117,19 +118,35 @@ def _environment(pid: int) -> dict[bytes, bytes]:
 
 @dataclass
 class Strike:
-    """Send a signal to one rank once so many versions are published; `at` is when that was."""
+    """Send a signal to one rank once so many versions are published.
+
+    at, gone_at   when that was, and when none of that start's ranks was left, in seconds of the monotonic clock
+    """
 
     job: Job
     rank: int
     versions: int
     number: int = signal.SIGKILL
     at: float | None = None
-    log_bytes: int = 0
+    gone_at: float | None = None
+    struck: list[int] = field(default_factory=list)
 
     def __call__(self, torchrun: subprocess.Popen[bytes]) -> None:
         if self.at is None and self.job.versions >= self.versions:
             pids = rank_pids(torchrun.pid)
             if len(pids) == self.job.ranks:
-                self.log_bytes = self.job.log.stat().st_size
                 os.kill(pids[self.rank], self.number)
-                self.at = time.monotonic()
+                self.at, self.struck = time.monotonic(), pids
+        elif self.at is not None and self.gone_at is None and not any(alive(pid) for pid in self.struck):
+            self.gone_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """From the signal to the end of that start of the job."""
+        assert self.at is not None and self.gone_at is not None, "the job ended before anything was struck"
+        return self.gone_at - self.at
+
+    def named(self) -> str | None:
+        """The message that names the rank; None when there is none."""
+        lines = [line for line in self.job.log.read_text().splitlines() if line.startswith("error: ")]
+        return next((line for line in lines if re.search(rf"rank {self.rank} \(.*(silent|behind)", line)), None)

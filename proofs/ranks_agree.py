@@ -1,23 +1,18 @@
-"""What several ranks compute against what one computes; run by torchrun, in every rank:
-
-    torchrun --standalone --nproc-per-node 2 -m proofs.ranks_agree gradients BASE OUT.json
-    torchrun --standalone --nproc-per-node 4 -m proofs.ranks_agree carry BASE FROM TO OUT.json
+"""What several ranks compute against what one computes. On every rank, by on_ranks.py:
 
 gradients   a step's gradient on all ranks, the base sharded and replicated, against the gradient on one
-carry       take a run's checkpoint FROM/checkpoints/step_k up and write it as TO/checkpoints/step_k
-train       three steps of a run from its step_0 in FROM, and its checkpoint in TO
+train       three steps of a run from its step_0 in one folder, and its checkpoint in another
+carry       a run's newest checkpoint of one folder, taken up and written into another
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from graftwork.adapters.prepare import prepare
@@ -44,20 +39,6 @@ RUNS: Sequence[tuple[int, LossConfig | None, Sequence[int]]] = (
     (3, None, (11,)),
 )
 """Rank, loss and lengths of sequences: more than one micro-batch a rank, fewer than ranks, one alone."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=WHAT)
-    parser.add_argument("base")
-    parser.add_argument("paths", nargs="+", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    ranks = Ranks.of_torchrun(torch.device("cpu"), 120)
-    found = WHAT[options.what](ranks, options.base, *options.paths[:-1])
-    if ranks.leads:
-        Disk().publish_json(options.paths[-1], found)
-    ranks.exit()
 
 
 def model_config(base: str) -> ModelConfig:
@@ -144,21 +125,21 @@ def seated(crew: Crew, base: str, run: Path) -> Learner:
     return crew.seat(1, checkpoint, snapshot, config, learner)
 
 
-def train(ranks: Ranks, base: str, source: Path, target: Path) -> dict[str, Any]:
+def train(ranks: Ranks, base: str, source: str, target: str) -> dict[str, Any]:
     def work(crew: Crew) -> dict[str, Any]:
-        one = seated(crew, base, source)
+        one = seated(crew, base, Path(source))
         for step in range(1, STEPS + 1):
             crew.feed(one, examples_of((5, 9, 9, 12, 7, 30, 6), step))
             while one.rounds:
                 crew.learn([one])
             crew.step(one, f"batch {step}", gradient_norm(crew.reports(one)))
-        return saved(crew, one, target)
+        return saved(crew, one, Path(target))
 
     return led(ranks, base, work)
 
 
-def carry(ranks: Ranks, base: str, source: Path, target: Path) -> dict[str, Any]:
-    return led(ranks, base, lambda crew: saved(crew, seated(crew, base, source), target))
+def carry(ranks: Ranks, base: str, source: str, target: str) -> dict[str, Any]:
+    return led(ranks, base, lambda crew: saved(crew, seated(crew, base, Path(source)), Path(target)))
 
 
 def saved(crew: Crew, one: Learner, target: Path) -> dict[str, Any]:
@@ -171,9 +152,3 @@ def saved(crew: Crew, one: Learner, target: Path) -> dict[str, Any]:
     files = sorted(path.name for path in (target / "checkpoints").glob("step_*/trainer/*"))
     moments = [moment.digest() for moment in snapshot.moments or ()]
     return {"files": files, "step": snapshot.state.step, "masters": snapshot.adapter.digest(), "moments": moments}
-
-
-WHAT: dict[str, Callable[..., dict[str, Any]]] = {"gradients": gradients, "train": train, "carry": carry}
-
-if __name__ == "__main__":
-    main()

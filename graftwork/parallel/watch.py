@@ -82,6 +82,7 @@ class Watch:
         return blame(before, self._heard(), self.size, self.rank)
 
     def _run(self) -> None:
+        self._beat()
         while not self.over.wait(BEAT_SECONDS):
             self._beat()
             if time.monotonic() - self.since > self.timeout_seconds:

@@ -97,7 +97,7 @@ def joined(config: TrainerConfig) -> Iterator[Ranks]:
         try:
             yield ranks
         except RankLost as lost:
-            raise RankLost(f"rank {ranks.rank}: {lost}. Who: {watch.culprits()}") from lost
+            raise RankLost(f"{watch.culprits()}. Rank {ranks.rank}: {lost}") from lost
 
 
 def sign_log(ranks: Ranks) -> None:

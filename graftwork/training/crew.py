@@ -17,6 +17,7 @@ from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import RunConfig
 from graftwork.errors import GraftworkError, RankLost, StoreError
 from graftwork.store.checkpoint import Checkpoint, publish_checkpoint, stage_checkpoint
+from graftwork.store.status import as_reason
 from graftwork.training.learner import Learner, LearnerConfig, Report
 from graftwork.training.optim import StepOutcome
 from graftwork.training.orders import (
@@ -136,6 +137,6 @@ class Crew:
                 return own_part()
         except Exception as error:
             raise RankLost(
-                f"the ranks could not {describe(order)} together ({type(error).__name__}: {error}); the job ends, and "
-                "a restart goes on from the newest checkpoints"
+                f"the ranks could not {describe(order)} together ({type(error).__name__}: {as_reason(error)}); the job "
+                "ends, and a restart goes on from the newest checkpoints"
             ) from error

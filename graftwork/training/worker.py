@@ -91,7 +91,7 @@ class Worker:
             while not isinstance(self._next(), Quit):
                 pass
         except RuntimeError as error:
-            raise RankLost(f"the ranks could not go on together ({error})") from error
+            raise RankLost(f"no order can be heard or carried out any more ({as_reason(error)})") from error
 
     def _next(self) -> Order:
         """Hear an order, and carry it out."""

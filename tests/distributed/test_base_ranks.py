@@ -1,6 +1,6 @@
 """A base that is cut over ranks is the base: every bit of it, what it computes, what it says when it cannot be loaded.
 
-`checks` runs on every rank under torchrun; one start checks everything.
+`checks` runs on every rank, in the starts of conftest.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.torchrun import torchrun
+from distributed.findings import Findings
 from safetensors.torch import load_file, save_file
 from support import random_adapter
 from torch import Tensor
@@ -43,6 +43,7 @@ from graftwork.parallel.parts import local, whole
 from graftwork.parallel.ranks import Ranks
 from proofs.adapter_models import EXPERT_SHAPE, EXPERTS, SHAPE, make_base
 
+CHECKED = "every check was made"
 LORA = LoraConfig(max_rank=4)
 BIG = {"vocab_size": 20_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12,
        "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
@@ -109,9 +110,8 @@ REFUSALS = {
 # --- what every rank does ---------------------------------------------------------------------------------------------
 
 
-def checks(folder: str) -> None:
-    ranks = Ranks.of_torchrun(torch.device("cpu"), 60)
-    torch.set_num_threads(1)
+def checks(ranks: Ranks, folder: str) -> str:
+    """Raises AssertionError, on some rank, when something is not so."""
     for kind in ("dense", "tied", "moe", "split") if ranks.size == 2 else ("tied", "split"):
         for dtype in ("float32", "bfloat16"):
             _check_base(Path(folder) / kind, dtype, ranks)
@@ -127,7 +127,7 @@ def checks(folder: str) -> None:
     assert not replicated.sharded and not isinstance(replicated.head, DTensor)
     assert replicated.new_bank(1, gradients=True).mesh is ranks.mesh
     assert replicated.new_bank(1, gradients=False).mesh is None
-    ranks.exit()
+    return CHECKED
 
 
 def _config(path: Path, dtype: str) -> ModelConfig:
@@ -317,14 +317,7 @@ def _check_agreed_dtype(path: Path, ranks: Ranks) -> None:
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    make_bases(folder)
-    return folder
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_cut_base_is_the_base(folder: Path, ranks: int) -> None:
+def test_a_cut_base_is_the_base(findings: Findings, ranks: int) -> None:
     """Among its tensors are some of 61 and of 5 rows: parts of unequal size, and of none."""
-    torchrun("distributed.test_base_ranks:checks", str(folder), ranks=ranks)
+    assert findings.on(ranks)["base"] == CHECKED

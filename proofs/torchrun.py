@@ -1,7 +1,6 @@
-"""Start processes that train together, and wait for them: what the tests of several ranks use.
+"""Start processes that train together, and wait for them: what tests and proofs of several ranks use.
 
     output = torchrun("distributed.test_base_ranks:checks", str(folder), ranks=2)
-    output = torchrun("path/of/a/script.py", "argument", ranks=4)
 
 Under torchrun this file is the program that finds `module:function` and calls it with the arguments, as strings.
 """
@@ -15,23 +14,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def torchrun(
-    target: str, *arguments: str, ranks: int, timeout: float = 300.0, environment: dict[str, str] | None = None
-) -> str:
+    target: str, *arguments: str, ranks: int, restarts: int = 0, timeout: float = 300.0,
+    environment: dict[str, str] | None = None,
+) -> str:  # fmt: skip
     """What the processes said, stdout and stderr of all ranks together.
 
-    timeout: seconds, after which all of them are killed. Raises AssertionError with what they said when one fails.
+    target: `module:function`, called with the arguments, on every rank. restarts: how often all are started again when
+    one dies. timeout: seconds, after which all of them are killed. Raises AssertionError, with what they said, when
+    one fails.
     """
-    is_script = target.endswith(".py")
-    program = [target] if is_script else [__file__, target]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+               f"--max-restarts={restarts}", __file__, target, *arguments]  # fmt: skip
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})}
     process = subprocess.Popen(
-        [*command, *program, *arguments], cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
