@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-smollm2 test test-all check proof-main proof-adapters proof-tenants clean
+.PHONY: help demo demo-smollm2 test test-all check proof-main proof-adapters proof-tenants proof-sharded clean
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
@@ -19,6 +19,7 @@ help:
 	@echo "make proof-main      kill and resume at full size; writes proof/main.json"
 	@echo "make proof-adapters  imports against PEFT, hostile files, cost; writes proof/adapters.json"
 	@echo "make proof-tenants   many runs on one trainer: isolation, faults, fairness, forgeries; writes proof/tenants.json"
+	@echo "make proof-sharded   one trainer of several ranks: gradients, checkpoints, faults, kills, memory; writes proof/sharded.json"
 	@echo "make clean           remove .venv and caches; outputs/ and proof/ stay"
 
 # The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
@@ -43,7 +44,7 @@ demo-smollm2: $(VENV)/.smollm2
 	$(RUN) examples/reverse_text_smollm2/demo.py $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest -m "not slow" $(TEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(TEST_ARGS)
 
 test-all: $(STAMP)
 	$(RUN) -m pytest $(TEST_ARGS)
@@ -60,6 +61,9 @@ proof-adapters: $(STAMP)
 
 proof-tenants: $(STAMP)
 	$(RUN) -m proofs.tenants $(PROOF_ARGS)
+
+proof-sharded: $(STAMP)
+	$(RUN) -m proofs.sharded $(PROOF_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

@@ -29,7 +29,17 @@ from proofs.faults import (
 )
 from proofs.workload import RUNS, Workload
 
-COMPOSED = {"publish_file", "publish_json", "publish_dir", "append_line", "cut_log", "quarantine", "retire", "sweep"}
+COMPOSED = {
+    "publish_file",
+    "publish_json",
+    "publish_dir",
+    "stage",
+    "append_line",
+    "cut_log",
+    "quarantine",
+    "retire",
+    "sweep",
+}
 """Methods of Disk that reach the file system through others, but for two: what is tidied up after an error, and single
 files that `sweep` removes; a trainer leaves none where it sweeps."""
 NUMBERED = {name for name in vars(Twin) if name in vars(Disk) and not name.startswith("_")}
