@@ -12,17 +12,28 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from graftwork.cli_adapter import (
+    Alpha,
+    Base,
+    Format,
+    Ignore,
+    Json,
+    Lossy,
+    Name,
+    Rank,
+    Seed,
+    Targets,
+    adapter_app,
+    import_options,
+)
 from graftwork.config.load import load
 from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftConfig, SubmitConfig, TrainerConfig
 from graftwork.errors import ConfigError, GraftworkError
 from graftwork.programs.processes import end_with_parent
-
-if TYPE_CHECKING:
-    from graftwork.programs.adapter import ImportOptions
 
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 """Idle OpenMP threads sleep instead of spinning: three programs share the cores, and spinning can cost 10x."""
@@ -40,7 +51,6 @@ app = typer.Typer(
     epilog="After FILE, any of its settings can be given as --key value; `graftwork config rl` lists them.",
 )
 
-adapter_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at saved adapters and change them.")
 app.add_typer(adapter_app, name="adapter")
 runs_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
@@ -188,100 +198,6 @@ def orchestrator(
     program.main(run_dir)
 
 
-AdapterPath = Annotated[Path, typer.Argument(help="A saved adapter (PEFT), or a trainer's checkpoint.")]
-Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base model.")]
-Rank = Annotated[int | None, typer.Option(min=1, max=65536, help="Rank of the run. Default: the adapter's highest.")]
-Alpha = Annotated[float | None, typer.Option(help="Scale = alpha / rank. Default: the scale is the adapter's.")]
-Targets = Annotated[str | None, typer.Option(help="q_proj,v_proj or all-linear. Default: the adapter's own modules.")]
-Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Cut a rank that is too high by SVD; else it is refused.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Leave out a module, or a field of full copies. Repeatable.")]
-Name = Annotated[str | None, typer.Option("--adapter", help="Which adapter, where the file holds several.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of factors that start fresh.")]
-Format = Annotated[str, typer.Option(help="How experts lie: peft, peft-per-expert, vllm-3d or stacked.")]
-
-
-def _import_options(
-    base: str | None, rank: int | None, alpha: float | None, targets: str | None, allow_lossy: bool,
-    ignore: list[str] | None, adapter: str | None, seed: int,
-) -> ImportOptions:  # fmt: skip
-    from graftwork.adapters.formats.peft_read import Choice
-    from graftwork.adapters.prepare import Wish
-    from graftwork.programs.adapter import ImportOptions
-
-    names = None if targets is None else tuple(name.strip() for name in targets.split(","))
-    choice = Choice(tuple(ignore or ()), adapter)
-    return ImportOptions(base, Wish(rank, alpha, allow_lossy, seed, names), choice)
-
-
-@adapter_app.command(name="inspect")
-def adapter_inspect(
-    path: AdapterPath,
-    adapter: Name = None,
-    ignore: Ignore = None,
-    as_json: Json = False,
-) -> None:
-    """What is in an adapter: modules, ranks, scales, layout, digest, norms, anything odd."""
-    from graftwork.adapters.formats.peft_read import Choice
-    from graftwork.programs import adapter as program
-    from graftwork.programs.tables import inspect_lines
-
-    found = program.inspect(path, Choice(tuple(ignore or ()), adapter))
-    print(json.dumps(found) if as_json else "\n".join(inspect_lines(found)))
-
-
-@adapter_app.command(name="import")
-def adapter_import(
-    path: AdapterPath,
-    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
-    base: Base = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    targets: Targets = None,
-    allow_lossy: Lossy = False,
-    ignore: Ignore = None,
-    adapter: Name = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Make an adapter fit a base, a rank, a scale and a set of modules: the same function, or a refusal."""
-    from graftwork.programs import adapter as program
-
-    options = _import_options(base, rank, alpha, targets, allow_lossy, ignore, adapter, seed)
-    done = program.import_(path, out, options)
-    print(json.dumps({**done.report, "folder": str(done.folder)}) if as_json else "\n".join(done.lines()))
-
-
-@adapter_app.command(name="export")
-def adapter_export(
-    path: AdapterPath,
-    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist.")],
-    format: Format = "peft",
-    as_json: Json = False,
-) -> None:
-    """Write an adapter in the layout that its reader wants; it differs for mixtures of experts only."""
-    from graftwork.programs import adapter as program
-
-    lines = program.export(path, out, format)
-    print(json.dumps({"folder": str(out), "format": format, "said": lines}) if as_json else "\n".join(lines))
-
-
-@adapter_app.command(name="diff")
-def adapter_diff(
-    one: AdapterPath,
-    other: AdapterPath,
-    base: Annotated[str, typer.Option(help="Folder or hub id of the base model.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the tokens.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Do two adapters compute the same function? By module, and on the logits of random tokens (fp32)."""
-    from graftwork.programs import adapter as program
-    from graftwork.programs.tables import diff_lines
-
-    found = program.diff(one, other, base, seed)
-    print(json.dumps(found) if as_json else "\n".join(diff_lines(found)))
-
-
 @runs_app.callback()
 def runs(
     ctx: typer.Context,
@@ -356,7 +272,7 @@ def convert(
         raise ConfigError(f"--rank-format {rank_format} is not known; safetensors or pt")
     from graftwork.programs import adapter as program
 
-    options = _import_options(base, rank, alpha, targets, allow_lossy, ignore, adapter, seed)
+    options = import_options(base, rank, alpha, targets, allow_lossy, ignore, adapter, seed)
     slots = trainer_json or (beside if beside.is_file() else None)
     done = program.convert(source, target, options, slots, ranks, rank_format, format)  # type: ignore[arg-type]
     about = {"folder": str(target), "format": format}

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from graftwork.errors import GraftworkError
-from graftwork.store.disk import Claim, Content, pieces
+from graftwork.store.disk import Claim
+from graftwork.store.files import Content, pieces
 from graftwork.store.layout import RUN_PREFIX, OutputTree
 from graftwork.training.trainer import Trainer
 from proofs.workload import (

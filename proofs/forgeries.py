@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 from graftwork.store.chain import Link, read_chain
 from graftwork.store.checkpoint import WEIGHT, Cursor
-from graftwork.store.disk import MANIFEST, FileFacts, Manifest, dump_json, json_line
+from graftwork.store.files import MANIFEST, FileFacts, Manifest, dump_json, json_line
 from graftwork.store.layout import RunTree, stable_steps, step_folder
 
 ADAPTER = "adapter_model.safetensors"

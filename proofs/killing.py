@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from graftwork.store.disk import STAGING_PREFIX, is_stable
+from graftwork.store.disk import STAGING_PREFIX
+from graftwork.store.files import is_stable
 from graftwork.store.layout import RunTree
 
 Moment = Literal["sampling", "training", "checkpoint"]

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork.store.disk import Disk, read_json, read_lines
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_json, read_lines
 from graftwork.store.layout import RunTree
 from graftwork.store.queue import read_version
 from proofs.killing import MOMENTS, Kill, Moment, draw_kills, start_rl, strike

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 
 from graftwork.config.load import dump
 from graftwork.config.schema import RunConfig
-from graftwork.store.disk import MANIFEST, Manifest, read_json
+from graftwork.store.files import MANIFEST, Manifest, read_json
 from graftwork.store.layout import RunTree
 from graftwork.store.queue import BATCH, Batch, Version, publish_batch
 from graftwork.store.status import State

@@ -27,7 +27,8 @@ from graftwork.config.schema import (
 )
 from graftwork.errors import Damaged
 from graftwork.model.base import BaseModel, load_base
-from graftwork.store.disk import Content, Disk, pieces, read_lines
+from graftwork.store.disk import Disk
+from graftwork.store.files import Content, pieces, read_lines
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.queue import Batch, Rollout, SampledVersion, Version, publish_batch, read_version
 from graftwork.store.status import Status, read_status

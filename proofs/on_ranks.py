@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from graftwork.parallel.ranks import Ranks
-from graftwork.store.disk import Disk, read_json
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_json
 from proofs.torchrun import torchrun
 
 TIMEOUT_SECONDS = 1800.0

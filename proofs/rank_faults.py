@@ -26,11 +26,13 @@ from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel, Placement, load_base
 from graftwork.parallel.ranks import Ranks
 from graftwork.store.checkpoint import open_checkpoint
-from graftwork.store.disk import Content, Disk, is_stable
+from graftwork.store.disk import Disk
+from graftwork.store.files import Content, is_stable
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.queue import publish_batch, read_version
 from graftwork.store.status import read_status
-from graftwork.training.trainer import Trainer, worker_of
+from graftwork.training.trainer import Trainer
+from graftwork.training.worker import worker_of
 from proofs.made_up import random_batch
 from proofs.workload import Unsynced, settle, wanted
 

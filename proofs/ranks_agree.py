@@ -1,5 +1,6 @@
 """What several ranks compute against what one computes. On every rank, by on_ranks.py:
 
+fills       full tensors laid out over ranks by `fill`, and put together again
 gradients   a step's gradient on all ranks, the base sharded and replicated, against the gradient on one
 train       three steps of a run from its step_0 in one folder, and its checkpoint in another
 carry       a run's newest checkpoint of one folder, taken up and written into another
@@ -7,6 +8,7 @@ carry       a run's newest checkpoint of one folder, taken up and written into a
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from graftwork.adapters.prepare import prepare
 from graftwork.adapters.snapshot import Snapshot, snapshot_of
 from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.config.schema import AdapterConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
 from graftwork.model.base import BaseModel, Placement, load_base
-from graftwork.parallel.parts import whole
+from graftwork.parallel.parts import fill, whole
 from graftwork.parallel.ranks import Ranks
 from graftwork.store.disk import Disk
 from graftwork.training.crew import Crew
@@ -65,6 +68,26 @@ def snapshot_for(base: BaseModel, rank: int, seed: int) -> Snapshot:
     adapter, other = (random_adapter(base.spec.shapes, rank, seed=seed + i) for i in range(2))
     made = snapshot_of(prepare(InMemory(adapter), base.spec), base.fingerprint)
     return Snapshot(made.state, made.adapter, None, other, None)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def fills(ranks: Ranks) -> dict[str, Any]:
+    """Placements and shapes (dense, experts, fewer rows than ranks) for which the whole is not what it was filled with,
+    or for which something beside the rank's own part was written."""
+    assert ranks.mesh is not None
+    wrong, tried = [], 0
+    for shape in ((7, 5), (12, 3, 4), (1, 6), (3,), (16, 1)):
+        for placement in (Shard(0), Shard(len(shape) - 1), Replicate()):
+            source = torch.arange(float(math.prod(shape))).view(shape) + 1
+            target = distribute_tensor(torch.zeros(shape), ranks.mesh, [placement])
+            room = target.to_local()
+            fill(target, source)
+            tried += 1
+            if not torch.equal(whole(target), source) or room.data_ptr() != target.to_local().data_ptr():
+                wrong.append(f"{shape} {placement}")
+    return {"tried": tried, "wrong": wrong}
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from graftwork.store.checkpoint import CHECKPOINT
-from graftwork.store.disk import Content, Disk, pieces
+from graftwork.store.disk import Disk
+from graftwork.store.files import Content, pieces
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.status import TERMINAL, State, Status, read_status, write_status
 from graftwork.training.observe import Observer

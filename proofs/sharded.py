@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 from graftwork.adapters.convert import convert_adapter
 from graftwork.config.schema import LoraConfig, ModelConfig
 from graftwork.model.base import load_base
-from graftwork.store.disk import Disk, read_lines
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_lines
 from proofs.adapter_models import make_base
 from proofs.main import Job as MainJob
 from proofs.main import make_adapter

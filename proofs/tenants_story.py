@@ -29,7 +29,7 @@ from graftwork.config.load import load
 from graftwork.config.schema import TrainerConfig
 from graftwork.model.base import load_base
 from graftwork.programs.verify import verify_run
-from graftwork.store.disk import is_stable, read_lines
+from graftwork.store.files import is_stable, read_lines
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.status import Status, read_status
 from proofs.replay import replay

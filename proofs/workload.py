@@ -43,7 +43,8 @@ from graftwork.errors import Damaged
 from graftwork.model.base import BaseModel, load_base
 from graftwork.programs.verify import verify_run
 from graftwork.store.chain import read_chain
-from graftwork.store.disk import RETIRED_PREFIX, STAGING_PREFIX, Content, Disk, is_stable, pieces, read_json
+from graftwork.store.disk import RETIRED_PREFIX, STAGING_PREFIX, Disk
+from graftwork.store.files import Content, is_stable, pieces, read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.queue import publish_batch, read_version
 from graftwork.store.status import TERMINAL, read_status

@@ -46,3 +46,8 @@ def moe(moe_model_config: ModelConfig) -> BaseModel:
     """The same with slots of rank 4 at most, for attention and experts."""
     torch.set_num_threads(1)
     return load_base(moe_model_config, LoraConfig(max_rank=4))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders whose tests start processes first: else two test processes would end with one of them waiting alone."""
+    items.sort(key=lambda item: item.path.parent.name not in ("integration", "distributed"))

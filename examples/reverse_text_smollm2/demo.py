@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from graftwork.store.disk import Disk, read_lines
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = Path("examples/reverse_text_smollm2")

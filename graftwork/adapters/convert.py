@@ -24,7 +24,8 @@ from graftwork.adapters.snapshot import snapshot_of, write_snapshot
 from graftwork.adapters.source import AdapterFacts, AdapterSource
 from graftwork.errors import Conflict, Damaged, StoreError
 from graftwork.store.checkpoint import CHECKPOINT, WEIGHT
-from graftwork.store.disk import Content, Disk, dump_json, read_json
+from graftwork.store.disk import Disk
+from graftwork.store.files import Content, dump_json, read_json
 from graftwork.store.layout import RUN_PREFIX, RunId, step_folder
 
 IMPORT_REPORT_NAME = "import_report.json"

@@ -13,7 +13,7 @@ from graftwork.adapters.formats.rank_files import has_rank_files, read_rank_file
 from graftwork.adapters.source import AdapterSource
 from graftwork.errors import UnsupportedAdapter
 from graftwork.store.checkpoint import CHECKPOINT, WEIGHT
-from graftwork.store.disk import is_stable, verify
+from graftwork.store.files import is_stable, verify
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from graftwork.adapters.report import REPORT_NAME
 from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import AdapterError, CannotResume, Damaged
 from graftwork.store.checkpoint import WEIGHT, Checkpoint, Cursor, TrainerState
-from graftwork.store.disk import Staging, read_json
+from graftwork.store.disk import Staging
+from graftwork.store.files import read_json
 
 RANK_FILES = re.compile(r"trainer/rank_(0|[1-9][0-9]{0,5})\.safetensors", re.ASCII)
 STATE_FILE = "trainer/state.json"

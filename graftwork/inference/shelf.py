@@ -12,7 +12,7 @@ from graftwork.errors import BadRunId, MisfitAdapter
 from graftwork.inference.lanes import Source
 from graftwork.inference.requests import BadRequest
 from graftwork.lora.slots import SlotBank
-from graftwork.store.disk import Manifest, is_stable, verify
+from graftwork.store.files import Manifest, is_stable, verify
 from graftwork.store.queue import parse_version_name
 
 NAME_CHARACTERS_MAX = 256

@@ -20,7 +20,7 @@ from graftwork.config.load import digest, parse_toml
 from graftwork.config.schema import RunConfig
 from graftwork.errors import ConfigError, Damaged
 from graftwork.programs.orchestrators import is_alive, pid_in
-from graftwork.store.disk import read_json
+from graftwork.store.files import read_json
 from graftwork.store.layout import OutputTree, RunTree
 from graftwork.store.status import Status, read_status
 

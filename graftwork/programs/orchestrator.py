@@ -33,7 +33,8 @@ from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.client import InferenceClient
 from graftwork.rollouts.collect import Collected, Request, Source, collect
 from graftwork.rollouts.environment import Environment, load_environment
-from graftwork.store.disk import Disk, is_stable, json_line, read_lines
+from graftwork.store.disk import Disk
+from graftwork.store.files import is_stable, json_line, read_lines
 from graftwork.store.layout import RunTree
 from graftwork.store.queue import Batch, Published, SampledVersion, parse_version_name, publish_batch, read_version
 from graftwork.store.status import Status, read_status

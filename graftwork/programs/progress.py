@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from graftwork.programs.orch_toml import status_of
-from graftwork.store.disk import read_lines
+from graftwork.store.files import read_lines
 from graftwork.store.layout import RunTree
 from graftwork.store.status import Status
 

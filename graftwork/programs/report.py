@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwork.programs.progress import clock, number
 from graftwork.programs.start import Start
-from graftwork.store.disk import read_json, read_lines
+from graftwork.store.files import read_json, read_lines
 from graftwork.store.layout import RunTree, stable_steps
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

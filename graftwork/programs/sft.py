@@ -21,7 +21,8 @@ from graftwork.programs.plots import loss_png
 from graftwork.programs.trainer import use_threads
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.store.checkpoint import save_checkpoint
-from graftwork.store.disk import Disk, Staging, json_line, read_lines
+from graftwork.store.disk import Disk, Staging
+from graftwork.store.files import json_line, read_lines
 from graftwork.store.layout import stable_steps
 from graftwork.training.learner import Banks, Learner, LearnerConfig
 from graftwork.training.packer import Example

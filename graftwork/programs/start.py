@@ -17,7 +17,8 @@ from graftwork.config.load import build, dump
 from graftwork.config.schema import InferenceConfig, ModelConfig, RlConfig, RunConfig, ServeConfig, TrainerConfig
 from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
 from graftwork.programs.orch_toml import is_settled, status_of
-from graftwork.store.disk import Disk, is_stable, read_json
+from graftwork.store.disk import Disk
+from graftwork.store.files import is_stable, read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 
 C = TypeVar("C", RlConfig, ServeConfig)

@@ -23,7 +23,8 @@ from graftwork.parallel.ranks import Ranks, torchrun_store, under_torchrun, was_
 from graftwork.parallel.watch import Watch
 from graftwork.programs.processes import PARENT_VARIABLE
 from graftwork.store.disk import Disk
-from graftwork.training.trainer import Trainer, door_at, worker_of
+from graftwork.training.trainer import Trainer
+from graftwork.training.worker import door_at, worker_of
 
 log = logging.getLogger(__name__)
 

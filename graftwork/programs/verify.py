@@ -39,7 +39,7 @@ from graftwork.config.schema import RunConfig
 from graftwork.errors import BadBatch, ConfigError, Damaged, GraftworkError
 from graftwork.store.chain import Link, faults_in, read_chain
 from graftwork.store.checkpoint import WEIGHT, Cursor, open_checkpoint
-from graftwork.store.disk import is_stable, verify
+from graftwork.store.files import is_stable, verify
 from graftwork.store.layout import STEP_NAME, RunTree, stable_steps
 from graftwork.store.queue import BROADCAST, Published, SampledVersion, parse_version_name, read_batch, read_version
 from graftwork.store.status import Status, read_status

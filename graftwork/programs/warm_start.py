@@ -11,7 +11,7 @@ from pathlib import Path
 from graftwork.config.schema import AdapterConfig, RunConfig
 from graftwork.errors import ConfigError, ProgramFailed
 from graftwork.programs.processes import PARENT_VARIABLE
-from graftwork.store.disk import read_json
+from graftwork.store.files import read_json
 from graftwork.store.layout import RunTree, stable_steps
 
 log = logging.getLogger("graftwork.orchestrator")

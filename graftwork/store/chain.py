@@ -17,7 +17,8 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from graftwork.errors import Damaged
 from graftwork.store.checkpoint import Cursor
-from graftwork.store.disk import LOG_BYTES_MAX, Disk, json_line, read_file
+from graftwork.store.disk import Disk
+from graftwork.store.files import LOG_BYTES_MAX, json_line, read_file
 from graftwork.store.layout import RunTree
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from graftwork.errors import CannotResume, Damaged
-from graftwork.store.disk import Disk, Manifest, Staging, is_stable, read_json, verify
+from graftwork.store.disk import Disk, Staging
+from graftwork.store.files import Manifest, is_stable, read_json, verify
 from graftwork.store.layout import stable_steps, step_folder
 
 CHECKPOINT = "checkpoint"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftwork.errors import BadRunId
-from graftwork.store.disk import is_stable
+from graftwork.store.files import is_stable
 
 RUN_PREFIX = "run_"
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")

@@ -33,7 +33,8 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from graftwork.errors import BadBatch, BadRunId, Conflict, Damaged
-from graftwork.store.disk import Content, Disk, Manifest, is_stable, read_json, verify
+from graftwork.store.disk import Disk
+from graftwork.store.files import Content, Manifest, is_stable, read_json, verify
 from graftwork.store.layout import RunId, RunTree
 
 BATCH = "batch"

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from graftwork.errors import Damaged
-from graftwork.store.disk import Disk, dump_json, read_file
+from graftwork.store.disk import Disk
+from graftwork.store.files import dump_json, read_file
 from graftwork.store.layout import RunId, RunTree
 
 State = Literal["queued", "active", "finished", "failed", "evicted", "stopped"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from graftwork.config.load import build, digest, parse_toml
 from graftwork.config.schema import RunConfig
 from graftwork.errors import ConfigError, Damaged
-from graftwork.store.disk import read_file
+from graftwork.store.files import read_file
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.status import Status, read_status
 from graftwork.training.runs import ABSENT, Seat, SeenRun, World

@@ -13,7 +13,8 @@ from graftwork.config.schema import RunConfig
 from graftwork.errors import BadBatch, RunError, StaleBatch
 from graftwork.store.chain import Link, append_link, begin_chain
 from graftwork.store.checkpoint import Checkpoint
-from graftwork.store.disk import Disk, Manifest, Pin, is_stable, json_line
+from graftwork.store.disk import Disk, Pin
+from graftwork.store.files import Manifest, is_stable, json_line
 from graftwork.store.layout import RunTree, stable_steps, step_folder
 from graftwork.store.queue import BatchSize, Version, publish_version, read_batch, read_version
 from graftwork.store.status import State, Status, as_reason, write_status

@@ -18,9 +18,8 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
-from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.source import InMemory
-from graftwork.config.schema import AdapterConfig, RunConfig, TrainerConfig
+from graftwork.config.schema import RunConfig, TrainerConfig
 from graftwork.errors import GraftworkError, RankLost
 from graftwork.model.base import BaseModel
 from graftwork.parallel.ranks import job_pid
@@ -46,26 +45,12 @@ from graftwork.training.runs import (
     reconcile,
     waits,
 )
-from graftwork.training.start import prepare_for, starting_point
+from graftwork.training.start import starting_point
 from graftwork.training.tenant import Clock, Tenant, refuse_links
-from graftwork.training.worker import Worker, unforeseen
+from graftwork.training.worker import unforeseen, worker_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def door_at(path: str | None) -> InMemory | None:
-    """The trainer's own init adapter, read once. Raises AdapterError."""
-    return None if path is None else read_peft(Path(path))
-
-
-def worker_of(config: TrainerConfig, base: BaseModel, disk: Disk, door: InMemory | None) -> Worker:
-    """What every rank has when it begins: the slots, and the trainer's own init adapter in slot 0. All ranks take part.
-    Raises MisfitAdapter when that adapter does not fit."""
-    banks = Banks.of(base, config.slots)
-    if door is not None:
-        banks.training.write(0, prepare_for(base, door, AdapterConfig(), 0))
-    return Worker(base, banks, disk)
 
 
 @dataclass

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from graftwork.adapters.canonical import Adapter
+from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.snapshot import Snapshot, tensor_name, write_shared, write_tensors
-from graftwork.adapters.source import AdapterFacts
+from graftwork.adapters.source import AdapterFacts, InMemory
+from graftwork.config.schema import AdapterConfig, TrainerConfig
 from graftwork.errors import GraftworkError, RankLost
 from graftwork.model.base import BaseModel
 from graftwork.parallel.ranks import Ranks
-from graftwork.store.disk import Disk, FileFacts, Staging
+from graftwork.store.disk import Disk, Staging
+from graftwork.store.files import FileFacts
 from graftwork.store.status import as_reason
 from graftwork.training.learner import Banks, Learner, Report, learn
 from graftwork.training.optim import StepOutcome
@@ -41,7 +44,7 @@ from graftwork.training.orders import (
     log_as_told,
     order_from,
 )
-from graftwork.training.start import open_start
+from graftwork.training.start import open_start, prepare_for
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -205,3 +208,17 @@ class Worker:
     def vacate(self, order: Vacate) -> None:
         self.learners.pop(order.slot, None)
         self.banks.reset(order.slot)
+
+
+def door_at(path: str | None) -> InMemory | None:
+    """The trainer's own init adapter, read once. Raises AdapterError."""
+    return None if path is None else read_peft(Path(path))
+
+
+def worker_of(config: TrainerConfig, base: BaseModel, disk: Disk, door: InMemory | None) -> Worker:
+    """What every rank has when it begins: the slots, and the trainer's own init adapter in slot 0. All ranks take part.
+    Raises MisfitAdapter when that adapter does not fit."""
+    banks = Banks.of(base, config.slots)
+    if door is not None:
+        banks.training.write(0, prepare_for(base, door, AdapterConfig(), 0))
+    return Worker(base, banks, disk)

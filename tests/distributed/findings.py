@@ -53,7 +53,7 @@ class Findings:
         return dict(zip(asks, findings[len(carried) :], strict=True))
 
     def _asks(self, ranks: int) -> dict[str, Ask]:
-        asks = {}
+        asks = {"fills": Ask("proofs.ranks_agree", "fills")}
         if ranks == 2:
             slots = [write_base(self.folder / "small", SMALL), "float32", "1,4"]
             asks["memory"] = Ask("proofs.rank_memory", "slots", slots)

@@ -18,6 +18,12 @@ from proofs.sharded import END_SECONDS, GRADIENT_BAR, KINDS, MEMORY_BAR
 from proofs.workload import save_adapter, trees_of
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_full_tensor_is_laid_out_over_ranks_each_writing_its_part(findings: Findings, ranks: int) -> None:
+    found = findings.on(ranks)["fills"]
+    assert found["wrong"] == [] and found["tried"] == 15
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_are_those_of_one_rank(findings: Findings, ranks: int, kind: str) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.programs.processes import end_with_parent
-from graftwork.store.disk import Disk, read_json
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.status import Status, read_status, write_status
 

@@ -37,7 +37,6 @@ from graftwork.training.learner import Banks, Learner, LearnerConfig
 from graftwork.training.packer import Example
 from proofs.adapter_cases import gate_above_up, two_adapters
 from proofs.adapter_models import (
-    EXPERTS,
     FUSED_EXPERTS,
     HIDDEN,
     VOCAB,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_kill_resume import SMALL, wild_adapter
 
-from graftwork.store.disk import verify
+from graftwork.store.files import verify
 from graftwork.store.layout import RunTree, stable_steps
 from graftwork.store.queue import read_version
 from proofs.killing import children_of

@@ -14,7 +14,7 @@ import pytest
 
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.store.chain import read_chain
-from graftwork.store.disk import read_json, read_lines
+from graftwork.store.files import read_json, read_lines
 from graftwork.store.layout import OutputTree, RunId
 from graftwork.store.status import read_status
 

@@ -18,7 +18,8 @@ from test_orchestrator_fakes import FakeServer, FakeTrainer, make_base, make_run
 from graftwork.errors import Busy, ConfigError, InferenceError, ProgramFailed, Refused, RunError, ServerGone
 from graftwork.programs import orchestrator, warm_start
 from graftwork.rollouts.client import InferenceClient
-from graftwork.store.disk import Disk, read_lines
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_lines
 from graftwork.store.queue import read_batch
 
 ROOT = Path(__file__).parents[2]

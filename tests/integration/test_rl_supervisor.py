@@ -16,7 +16,8 @@ from graftwork.config.load import build, digest
 from graftwork.config.schema import RlConfig
 from graftwork.errors import BadRunId, Busy, CannotResume, ConfigError, ProgramFailed
 from graftwork.programs import rl
-from graftwork.store.disk import Disk, read_json
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.status import Status, write_status
 

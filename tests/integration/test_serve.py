@@ -23,7 +23,8 @@ from graftwork.errors import Busy, Damaged, ProgramFailed
 from graftwork.programs import serve
 from graftwork.programs.processes import PARENT_VARIABLE
 from graftwork.programs.start import Served, publish_served, read_served
-from graftwork.store.disk import Disk, read_json
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_json
 from graftwork.store.layout import OutputTree, RunId
 from graftwork.store.status import Status, write_status
 

@@ -20,7 +20,8 @@ from graftwork.lora.linear import Segment
 from graftwork.model.base import Route, load_base
 from graftwork.model.logprobs import token_logprobs
 from graftwork.programs import sft
-from graftwork.store.disk import Disk, read_lines, verify
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_lines, verify
 from graftwork.store.layout import RunTree, stable_steps
 from graftwork.store.queue import Batch, read_batch, read_version
 from graftwork.store.status import read_status

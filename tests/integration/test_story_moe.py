@@ -10,7 +10,7 @@ import pytest
 from test_story import REPOSITORY, graftwork
 
 from graftwork.adapters.formats.peft_read import read_peft
-from graftwork.store.disk import read_json, read_lines, verify
+from graftwork.store.files import read_json, read_lines, verify
 from graftwork.store.layout import RunTree, stable_steps
 from graftwork.store.queue import read_version
 from graftwork.store.status import read_status

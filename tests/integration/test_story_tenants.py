@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graftwork.store.chain import read_chain
-from graftwork.store.disk import read_json
+from graftwork.store.files import read_json
 from graftwork.store.queue import read_version
 from proofs.tenants_story import END, GAMMA_FIRST, KILL_AFTER, MORE, RATES_AND_RANKS, REWARD_BAR, Story
 

@@ -14,7 +14,8 @@ from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.config.schema import AdapterConfig, LossConfig, ModelConfig, OptimizerConfig, RetentionConfig
 from graftwork.model.base import BaseModel
 from graftwork.store.chain import read_chain
-from graftwork.store.disk import Disk, read_json, read_lines
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_json, read_lines
 from graftwork.store.layout import stable_steps
 from graftwork.store.queue import publish_batch, read_version
 from graftwork.training.trainer import Trainer

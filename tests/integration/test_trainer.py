@@ -27,11 +27,13 @@ from graftwork.config.schema import (
 )
 from graftwork.errors import Busy, MisfitAdapter
 from graftwork.model.base import BaseModel
-from graftwork.store.disk import Disk, read_lines, verify
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_lines, verify
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.queue import Batch, publish_batch, read_version
 from graftwork.store.status import Status, read_status
-from graftwork.training.trainer import Trainer, door_at
+from graftwork.training.trainer import Trainer
+from graftwork.training.worker import door_at
 
 DISK = Disk()
 

@@ -15,7 +15,8 @@ from graftwork.model.base import BaseModel
 from graftwork.programs import verify
 from graftwork.programs.verify import Report, verify_run
 from graftwork.store.chain import read_chain
-from graftwork.store.disk import Content, Disk
+from graftwork.store.disk import Disk
+from graftwork.store.files import Content
 from graftwork.store.layout import RunId, RunTree, stable_steps
 from graftwork.store.queue import Batch, publish_batch, read_version
 from proofs.forgeries import FORGERIES, OF_KL_RUNS, Forgery, remake

@@ -18,7 +18,8 @@ from graftwork.adapters.snapshot import read_snapshot
 from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import BadRunId, Conflict, Damaged, MisfitAdapter, StoreError, UnreadableAdapter
 from graftwork.store.checkpoint import Cursor, open_checkpoint
-from graftwork.store.disk import Disk, read_json
+from graftwork.store.disk import Disk
+from graftwork.store.files import read_json
 
 SHAPES = {"layers.0.q_proj": (6, 8), "layers.0.v_proj": (4, 8)}
 FINGERPRINT = "ab" * 32

@@ -18,7 +18,8 @@ from graftwork.adapters.snapshot import STATE_FILE, Snapshot, read_snapshot, sna
 from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.errors import CannotResume
 from graftwork.store.checkpoint import Checkpoint, Cursor, open_checkpoint, save_checkpoint
-from graftwork.store.disk import Disk, Staging, dump_json, verify
+from graftwork.store.disk import Disk, Staging
+from graftwork.store.files import dump_json, verify
 
 SHAPES = {"layers.0.q_proj": (6, 8), "layers.0.v_proj": (4, 8)}
 SPEC = SlotSpec(4, SHAPES)

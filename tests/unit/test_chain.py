@@ -11,7 +11,8 @@ import pytest
 from graftwork.errors import Damaged
 from graftwork.store.chain import Link, append_link, begin_chain, faults_in, read_chain
 from graftwork.store.checkpoint import Cursor
-from graftwork.store.disk import Content, Disk, json_line
+from graftwork.store.disk import Disk
+from graftwork.store.files import Content, json_line
 from graftwork.store.layout import RunId, RunTree
 
 DISK = Disk()

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from graftwork.errors import Busy, Conflict, Damaged
-from graftwork.store.disk import MANIFEST, STAGING_PREFIX, Disk, is_stable, read_lines, verify
+from graftwork.store.disk import STAGING_PREFIX, Disk
+from graftwork.store.files import MANIFEST, is_stable, read_lines, verify
 
 
 def publish(target: Path) -> None:

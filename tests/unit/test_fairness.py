@@ -25,7 +25,7 @@ from graftwork.config.schema import ModelConfig, SamplingConfig
 from graftwork.model.attention import AttentionPlan
 from graftwork.model.base import Ask, BaseModel
 from graftwork.model.inject import Route
-from graftwork.store.disk import read_lines
+from graftwork.store.files import read_lines
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.queue import Version, publish_batch
 from graftwork.training.fairness import DeficitRoundRobin

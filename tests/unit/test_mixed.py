@@ -21,7 +21,7 @@ from graftwork.config.schema import LossConfig, ModelConfig, OptimizerConfig
 from graftwork.model.attention import AttentionPlan
 from graftwork.model.base import Ask, BaseModel
 from graftwork.model.inject import Route
-from graftwork.store.disk import read_lines
+from graftwork.store.files import read_lines
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.queue import Version, publish_batch, read_version
 from graftwork.training.learner import Banks, Learner, LearnerConfig, learn

@@ -27,7 +27,7 @@ from graftwork.adapters.formats.tensor_file import tensor_chunks
 from graftwork.adapters.names import EXPERT_PARTS, FUSED, PREFIX, experts_module, is_expert_stack, peft_name
 from graftwork.adapters.source import AdapterFacts
 from graftwork.errors import MisfitAdapter
-from graftwork.store.disk import Pieces, dump_json
+from graftwork.store.files import Pieces, dump_json
 
 WRITTEN_FOR_PEFT = "0.21.0"
 ExpertLayout = Literal["per expert", "fused", "vllm 3-D", "stacked"]

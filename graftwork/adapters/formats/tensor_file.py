@@ -22,7 +22,7 @@ from torch import Tensor
 from graftwork.adapters.canonical import tensor_bytes
 from graftwork.adapters.formats.untrusted import json_members, open_plain, quote, read_exactly
 from graftwork.errors import UnreadableAdapter, UnsupportedAdapter
-from graftwork.store.disk import Pieces
+from graftwork.store.files import Pieces
 
 HEADER_BYTES_MAX = 16 * 2**20
 MEMBER_CHARACTERS_MAX = 2**18
