@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distributed.base_checks import make_bases
+
 from graftwork.parallel.ranks import Ranks
 from proofs import ranks_agree
 from proofs.adapter_models import make_base
@@ -61,12 +63,10 @@ class Findings:
                 "proofs.rank_faults", "errors", [self.folder / "qwen3", self.folder / "faults", FAULTS]
             )
         asks |= {kind: Ask("proofs.ranks_agree", "gradients", [self.folder / kind]) for kind in KINDS}
-        return asks | {"base": Ask("distributed.test_base_ranks", "checks", [self._bases])}
+        return asks | {"base": Ask("distributed.base_checks", "checks", [self._bases])}
 
     @cached_property
     def _bases(self) -> Path:
-        from distributed.test_base_ranks import make_bases
-
         made = self.folder / "bases"
         made.mkdir()
         make_bases(made)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed.base_checks import CHECKED
 from distributed.findings import FAULTS, Findings
 
 from graftwork.config.schema import LoraConfig, ModelConfig
@@ -16,6 +17,12 @@ from graftwork.store.queue import read_version
 from proofs.rank_jobs import Job, Strike
 from proofs.sharded import END_SECONDS, GRADIENT_BAR, KINDS, MEMORY_BAR
 from proofs.workload import save_adapter, trees_of
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_cut_base_is_the_base(findings: Findings, ranks: int) -> None:
+    """Among its tensors are some of 61 and of 5 rows: parts of unequal size, and of none."""
+    assert findings.on(ranks)["base"] == CHECKED
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

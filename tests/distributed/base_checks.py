@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.findings import Findings
 from safetensors.torch import load_file, save_file
 from support import random_adapter
 from torch import Tensor
@@ -312,12 +311,3 @@ def _check_agreed_dtype(path: Path, ranks: Ranks) -> None:
         assert load_base(_config(path, "auto"), LORA, Placement(ranks)).dtype == torch.bfloat16
     finally:
         base_module._matmul_seconds = inner
-
-
-# --- the tests --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_cut_base_is_the_base(findings: Findings, ranks: int) -> None:
-    """Among its tensors are some of 61 and of 5 rows: parts of unequal size, and of none."""
-    assert findings.on(ranks)["base"] == CHECKED
