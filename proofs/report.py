@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,40 @@ def run_proof(proof: Proof, work: Callable[[Proof], None], folder: Path = Path("
     finally:
         ok = proof.write(folder)
     return 0 if ok else 1
+
+
+Part = Callable[[Proof, Path, int], None]
+"""A part of a proof: gets the folder that it may write into, and the seed."""
+
+
+def run_parts(
+    name: str, about: str | None, parts: Mapping[str, Part], prepare: Callable[[Path], None] | None = None
+) -> int:
+    """A proof in parts, as a command: `--seed`, `--folder`, `--only PART`; the exit code. prepare: makes what the parts
+    share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path(f"outputs/proof_{name}"))
+    parser.add_argument("--only", choices=parts, help="one part; the report is then not ok, as the others were skipped")
+    options = parser.parse_args()
+    print(f"proof {name}, seed {options.seed}: replay with --seed {options.seed}", flush=True)
+
+    def prove(proof: Proof) -> None:
+        folder: Path = options.folder.absolute()
+        if folder.exists():
+            Disk().quarantine(folder, folder.parent / ".trash")
+        folder.mkdir(parents=True)
+        if prepare is not None:
+            prepare(folder)
+        proof.figures["seed"] = options.seed
+        seconds = proof.figures["seconds"] = {}
+        for title, part in parts.items():
+            if options.only not in (None, title):
+                proof.check(False, f"{title}: skipped")
+                continue
+            began = time.monotonic()
+            part(proof, folder, options.seed)
+            seconds[title] = round(time.monotonic() - began, 1)
+            print(f"{title}: {seconds[title]} s", flush=True)
+
+    return run_proof(Proof(name), prove)

@@ -11,11 +11,9 @@ load          a base of over 1 GB on 2 and 4 ranks
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +29,7 @@ from proofs.main import make_adapter
 from proofs.on_ranks import Ask, on_ranks
 from proofs.rank_jobs import Job, Strike
 from proofs.rank_memory import LARGE, SMALL, write_base
-from proofs.report import Proof, run_proof
+from proofs.report import Part, Proof, run_parts
 from proofs.workload import save_adapter
 
 KINDS = ("qwen3", "moe")
@@ -46,31 +44,12 @@ STOPPED_SECONDS = 35.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/proof_sharded"))
-    parser.add_argument("--only", choices=PARTS, help="one part; the report is then not ok, as the others were skipped")
-    options = parser.parse_args()
-    print(f"proof sharded, seed {options.seed}: replay with --seed {options.seed}", flush=True)
-    return run_proof(Proof("sharded"), lambda proof: prove(proof, options))
+    return run_parts("sharded", __doc__, PARTS, make_bases)
 
 
-def prove(proof: Proof, options: argparse.Namespace) -> None:
-    folder: Path = options.folder.absolute()
-    if folder.exists():
-        Disk().quarantine(folder, folder.parent / ".trash")
-    folder.mkdir(parents=True)
+def make_bases(folder: Path) -> None:
     for kind in KINDS:
         make_base(kind, folder)
-    seconds = proof.figures["seconds"] = {}
-    for name, part in PARTS.items():
-        if options.only not in (None, name):
-            proof.check(False, f"{name}: skipped")
-            continue
-        began = time.monotonic()
-        part(proof, folder, options.seed)
-        seconds[name] = round(time.monotonic() - began, 1)
-        print(f"{name}: {seconds[name]} s", flush=True)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -259,7 +238,7 @@ def prove_load(proof: Proof, folder: Path, seed: int) -> None:
     Disk().remove_tree(base)
 
 
-PARTS: dict[str, Callable[[Proof, Path, int], None]] = {
+PARTS: Mapping[str, Part] = {
     "gradients": prove_gradients,
     "checkpoints": prove_checkpoints,
     "memory": prove_memory,

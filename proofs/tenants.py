@@ -11,7 +11,6 @@ forgeries   planted in the story's folders, found by `graftwork runs verify`
 
 from __future__ import annotations
 
-import argparse
 import functools
 import logging
 import multiprocessing
@@ -19,8 +18,7 @@ import operator
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from proofs.cycles import prove_cycles
 from proofs.forgeries import FORGERIES
 from proofs.many_runs import Crowd
 from proofs.reconcile_machine import run_sequences
-from proofs.report import Proof, run_proof
+from proofs.report import Part, Proof, run_parts
 from proofs.tenants_story import REWARD_BAR, Story
 
 NEIGHBOURS, SEQUENCES, KILLS, CYCLES, RUNS, SLOTS, PROMPTS = 200, 10_000, 50, 1000, 64, 8, 64
@@ -42,30 +40,7 @@ FORGERIES_ASKED, KINDS_ASKED, PROCESSES = 10, 12, 2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/proof_tenants"))
-    parser.add_argument("--only", choices=PARTS, help="one part; the report is then not ok, as the others were skipped")
-    options = parser.parse_args()
-    print(f"proof tenants, seed {options.seed}: replay with --seed {options.seed}", flush=True)
-    return run_proof(Proof("tenants"), lambda proof: prove(proof, options))
-
-
-def prove(proof: Proof, options: argparse.Namespace) -> None:
-    folder: Path = options.folder.absolute()
-    if folder.exists():
-        Disk().quarantine(folder, folder.parent / ".trash")
-    folder.mkdir(parents=True)
-    proof.figures["seed"] = options.seed
-    seconds = proof.figures["seconds"] = {}
-    for name, part in PARTS.items():
-        if options.only not in (None, name):
-            proof.check(False, f"{name}: skipped")
-            continue
-        began = time.monotonic()
-        part(proof, folder, options.seed)
-        seconds[name] = round(time.monotonic() - began, 1)
-        print(f"{name}: {seconds[name]} s", flush=True)
+    return run_parts("tenants", __doc__, PARTS)
 
 
 def adapter_in(folder: Path) -> Path:
@@ -172,7 +147,7 @@ def cycles_alone() -> Proof:
     return part
 
 
-PARTS: dict[str, Callable[[Proof, Path, int], None]] = {
+PARTS: Mapping[str, Part] = {
     "story": prove_story,
     "crowd": prove_crowd,
     "neighbours": prove_neighbours,

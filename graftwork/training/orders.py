@@ -18,11 +18,16 @@ from graftwork.training.packer import Example
 D = TypeVar("D", bound=np.generic)
 
 
-class Seat(Section):
+class OfSlot(Section):
+    """About the run in one slot."""
+
+    slot: int
+
+
+class Seat(OfSlot):
     """Give a run its slot, from the checkpoint that rank 0 has verified. digest: of the adapter that it starts from."""
 
     kind: Literal["seat"] = "seat"
-    slot: int
     checkpoints: str
     step: int
     wish: AdapterConfig
@@ -31,18 +36,16 @@ class Seat(Section):
     digest: str
 
 
-class Feed(Section):
+class Feed(OfSlot):
     """Begin a step of the run in this slot. The examples come as bytes, see `encode_examples`."""
 
     kind: Literal["feed"] = "feed"
-    slot: int
 
 
-class BeginAgain(Section):
+class BeginAgain(OfSlot):
     """Forget what was learnt of the step, and begin it again."""
 
     kind: Literal["begin_again"] = "begin_again"
-    slot: int
 
 
 class Learn(Section):
@@ -52,42 +55,37 @@ class Learn(Section):
     slots: tuple[int, ...]
 
 
-class Reduce(Section):
+class Reduce(OfSlot):
     """Sum the slot's gradient over the ranks, and report."""
 
     kind: Literal["reduce"] = "reduce"
-    slot: int
 
 
-class Step(Section):
+class Step(OfSlot):
     """Take the optimizer step that rank 0 decided on: the norm of the whole gradient says whether it is skipped."""
 
     kind: Literal["step"] = "step"
-    slot: int
     batch_digest: str
     norm: float
 
 
-class Read(Section):
+class Read(OfSlot):
     """Put the slot's adapter together, for rank 0 to publish."""
 
     kind: Literal["read"] = "read"
-    slot: int
 
 
-class Save(Section):
+class Save(OfSlot):
     """Write one's part of a checkpoint into a hidden folder that rank 0 made, and report how it went."""
 
     kind: Literal["save"] = "save"
-    slot: int
     folder: str
 
 
-class Vacate(Section):
+class Vacate(OfSlot):
     """Take a slot back and zero it."""
 
     kind: Literal["vacate"] = "vacate"
-    slot: int
 
 
 class Say(Section):
