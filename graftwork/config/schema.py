@@ -134,6 +134,16 @@ class RetentionConfig(Section):
     """Keep every batch and every published version too: for replaying and auditing the whole run."""
 
 
+class EvaluationConfig(Section):
+    """Held-out tasks of the run's environment, in evals.jsonl: always the same ones, one answer each."""
+
+    interval_steps: Positive | None = None
+    """Evaluate the version that the run starts from, every version whose step this divides, and the last. Not given:
+    none."""
+    prompts: Positive = 64
+    """Tasks."""
+
+
 class RunSection(Section):
     """What one run is, wherever it is written down."""
 
@@ -166,6 +176,9 @@ class RunSection(Section):
     """Set by `graftwork stop`: the trainer checkpoints the run and gives its slot back."""
     max_batch_wait_seconds: PositiveFloat = 3600.0
     """Longest wait for the run's next batch before it is evicted."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    max_failed_share: Fraction = 0.5
+    """Share of a batch's rollouts that may fail (their environment raised) before the run is ended with the reason."""
     max_skipped_steps: Positive = 3
     """Steps in a row whose gradient is not finite before the run is evicted."""
     inference_url: str = "http://127.0.0.1:8000"

@@ -26,8 +26,10 @@ from typing import Any, TypeVar
 
 from graftwork.config.load import digest
 from graftwork.config.schema import RunConfig
-from graftwork.errors import BadRunId, ConfigError, InferenceError, Refused, RunError, ServerGone
+from graftwork.errors import ConfigError, RunError
+from graftwork.programs.evaluations import Evaluations
 from graftwork.programs.orch_toml import asks_to_stop, read_orch_toml
+from graftwork.programs.serving import Serving
 from graftwork.programs.warm_start import warm_start
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.client import InferenceClient
@@ -36,7 +38,7 @@ from graftwork.rollouts.environment import Environment, load_environment
 from graftwork.store.disk import Disk
 from graftwork.store.files import is_stable, json_line, read_lines
 from graftwork.store.layout import RunTree
-from graftwork.store.queue import Batch, Published, SampledVersion, parse_version_name, publish_batch, read_version
+from graftwork.store.queue import Batch, Published, SampledVersion, publish_batch, read_version
 from graftwork.store.status import Status, read_status
 
 log = logging.getLogger("graftwork.orchestrator")
@@ -48,16 +50,6 @@ ADMISSION_POLL_SECONDS_MAX = 0.5
 """Pauses between two looks grow from POLL_SECONDS to these: many orchestrators that wait must cost little."""
 LOOK_SECONDS = 0.5
 """How often a batch in the making looks whether its run goes on."""
-INFERENCE_START_SECONDS = 300.0
-"""How long the inference server may take to come up, at the start and after it went away."""
-LOSSES_MAX = 10
-"""A batch that lost the server this often is given up: it may be what brings the server down."""
-REFUSALS_MAX = 3
-REFUSED_PAUSE_SECONDS = 1.0
-"""A batch that was refused this often in a row is an error. The pauses in between grow by this: the server may be about
-to notice that another run does not need its place any more."""
-LEAVE_SECONDS = 3.0
-"""Longest wait for inference at the end; what it was told to unload, it unloads in its own time."""
 SETTLED_SECONDS = 5.0
 """A status.json of this age is not about to change: what it asks for is really missing."""
 
@@ -138,8 +130,14 @@ class Orchestrator:
     client: InferenceClient
     last_step: int = 0
     """Newest batch that is published or was consumed."""
+    evaluations: Evaluations = field(init=False)
+    serving: Serving = field(init=False)
     _status: Status | None = field(default=None, init=False)
     _status_stamp: tuple[int, int, int] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.evaluations = Evaluations(self.tree, self.config, self.disk)
+        self.serving = Serving(self.tree.id, self.client)
 
     async def run(self) -> None:
         """Until the trainer says finished. Raises RunStopped, or GraftworkError with the reason when the run or the
@@ -151,12 +149,13 @@ class Orchestrator:
         log.info("run %s: admitted at step %d; sampling at %s", self.tree.id, status.start_step or 0, self.client.url)
         self.disk.sweep(self.tree.rollouts)
         self.last_step = max(status.start_step or 0, status.step or 0)
+        self.evaluations.begin(self.last_step)
         self.skip_published()
         self.disk.cut_log(self.tree.samples_jsonl, self.last_step)
         try:
             await self.sample_until_finished()
         finally:
-            await self.leave_inference()
+            await self.serving.leave_inference()
         log.info("run %s: finished at step %d", self.tree.id, self.config.max_steps)
 
     # --- what the trainer says --------------------------------------------------------------------------------------
@@ -246,8 +245,14 @@ class Orchestrator:
             if step is None or published is None:
                 await pauses.pause()
             else:
+                first = published.version.step == (status.start_step or 0)
+                if self.evaluations.is_due(published.version.step, first=first):
+                    await self.attended(self.evaluate(published))
                 await self.sample(step, published)
                 pauses = Pauses(STEP_POLL_SECONDS_MAX)
+        last = read_version(self.tree, self.config.max_steps)
+        if last is not None and self.evaluations.is_due(last.version.step):
+            await self.evaluate(last)
 
     def step_to_sample(self, status: Status) -> int | None:
         """The batch to make now; None when all are made. A batch that the trainer set aside is made again."""
@@ -290,6 +295,7 @@ class Orchestrator:
         """Make batch `step` from a version, and publish it."""
         version = published.version
         collected = await self.attended(self.play(step, published))
+        self.refuse_failures(step, collected)
         batch = Batch(
             run=self.tree.id,
             step=step,
@@ -308,79 +314,30 @@ class Orchestrator:
             version.name, collected.mean_reward, len(collected.rollouts), collected.failed, collected.sampled_tokens,
         )  # fmt: skip
 
-    async def play(self, step: int, published: Published) -> Collected:
-        """The rollouts of batch `step`, all of them from one server.
-
-        A server that goes away is waited for. Nothing of what it had sampled is kept: requests are keyed by their
-        seeds, so the batch that is begun again is the same batch.
-        """
-        version = published.version
-        request = Request.of_batch(str(self.tree.id), self.config.seed, step, self.config.sampling)
-        losses = refusals = 0
-        while True:
-            try:
-                await self.serve(published)
-                source = Source(version.name, version.digest)
-                return await collect(self.environment, self.tokenizer, self.client, source, request)
-            except Refused as error:  # most often: it was started again, or gave the adapter's place to another run
-                refusals += 1
-                if refusals == REFUSALS_MAX:
-                    raise
-                log.warning("run %s: batch %d is begun again: %s", self.tree.id, step, error)
-                await asyncio.sleep(refusals * REFUSED_PAUSE_SECONDS)
-            except InferenceError as error:
-                losses, refusals = losses + 1, 0
-                if losses == LOSSES_MAX:
-                    raise
-                await self.wait_for_inference(error)
-
-    async def wait_for_inference(self, error: InferenceError) -> None:
-        """Until a server that went away with `error` is well. Raises `error` if it was well all the time, ServerGone
-        if it does not come back."""
-        if not isinstance(error, ServerGone) and await self.client.is_well():
-            raise error
-        log.warning("run %s: %s; waiting up to %g seconds for inference", self.tree.id, error, INFERENCE_START_SECONDS)
-        try:
-            await self.client.wait_ready(INFERENCE_START_SECONDS)
-        except InferenceError as last:
-            raise ServerGone(
-                f"{error}. It was not well again within {INFERENCE_START_SECONDS:g} seconds (last: {last}); resume the"
-                " run once it is"
-            ) from None
-        log.info("run %s: %s is well", self.tree.id, self.client.url)
-
-    async def serve(self, published: Published) -> None:
-        """Have inference hold this version of the run and no other. Nothing is in flight between two batches."""
-        version = published.version
-        if version.name in await self.unload_all_but(version.name):
-            return
-        await self.client.load_adapter(version, published.path)
-        if version.name not in await self.client.served_models():
-            raise Refused(
-                f"run {self.tree.id}: {self.client.url} said that it loaded {version.name} from {published.path}, but"
-                " does not serve it; nothing was sampled"
+    def refuse_failures(self, step: int, collected: Collected) -> None:
+        share, limit = collected.failed / len(collected.rows), self.config.max_failed_share
+        if share > limit:
+            why = next(row["error"] for row in collected.rows if "error" in row)
+            raise RunError(
+                f"run {self.tree.id}: {collected.failed} of {len(collected.rows)} rollouts of batch {step} failed, "
+                f"more than max_failed_share = {limit:g} allows; the first: {why}. Mend the environment and resume"
             )
 
-    async def unload_all_but(self, kept: str | None) -> list[str]:
-        """Unload this run's versions, but `kept`. Returns what was served before."""
-        served = await self.client.served_models()
-        for name in served:
-            if name != kept and self.is_ours(name):
-                await self.client.unload_adapter(name)
-        return served
+    async def play(self, step: int, published: Published) -> Collected:
+        """The rollouts of batch `step`."""
+        source = Source(published.version.name, published.version.digest)
+        request = Request.of_batch(str(self.tree.id), self.config.seed, step, self.config.sampling)
+        return await self.serving.from_one_server(
+            published, f"batch {step}", lambda: collect(self.environment, self.tokenizer, self.client, source, request)
+        )
 
-    async def leave_inference(self) -> None:
-        """Let a server that is there go of the run's versions: it may outlive this orchestrator by far."""
-        try:
-            await asyncio.wait_for(self.unload_all_but(None), LEAVE_SECONDS)
-        except (InferenceError, TimeoutError) as error:
-            log.info("run %s: its versions may still be in inference: %s", self.tree.id, str(error) or "no answer")
-
-    def is_ours(self, model: str) -> bool:
-        try:
-            return parse_version_name(model)[0] == self.tree.id
-        except BadRunId:
-            return False  # the base, or an adapter that a person loaded
+    async def evaluate(self, published: Published) -> None:
+        """Play the held-out tasks with a version."""
+        version = published.version
+        await self.serving.from_one_server(
+            published, f"the evaluation of {version.name}",
+            lambda: self.evaluations.evaluate(self.environment, self.tokenizer, self.client, version),
+        )  # fmt: skip
 
     def write_samples(self, step: int, collected: Collected) -> None:
         path = self.tree.samples_jsonl

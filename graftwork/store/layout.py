@@ -116,6 +116,10 @@ class RunTree:
         return self.root / "samples.jsonl"
 
     @property
+    def evals_jsonl(self) -> Path:
+        return self.root / "evals.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

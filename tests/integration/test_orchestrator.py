@@ -16,7 +16,7 @@ import pytest
 from test_orchestrator_fakes import FakeServer, FakeTrainer, make_base, make_run
 
 from graftwork.errors import Busy, ConfigError, InferenceError, ProgramFailed, Refused, RunError, ServerGone
-from graftwork.programs import orchestrator, warm_start
+from graftwork.programs import orchestrator, serving, warm_start
 from graftwork.rollouts.client import InferenceClient
 from graftwork.store.disk import Disk
 from graftwork.store.files import read_lines
@@ -41,7 +41,7 @@ def little_waiting(monkeypatch):
     monkeypatch.setattr("graftwork.rollouts.client.BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr("graftwork.rollouts.client.READY_POLL_SECONDS", 0.01)
     monkeypatch.setattr(orchestrator, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(orchestrator, "REFUSED_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(serving, "REFUSED_PAUSE_SECONDS", 0.01)
 
 
 def files_of(tree):
@@ -91,6 +91,36 @@ def test_two_runs_write_the_same_bytes(tmp_path, base):
     assert one.samples_jsonl.read_bytes() == two.samples_jsonl.read_bytes()
     other, _, _ = whole_run(tmp_path / "c", base, seed=1)
     assert files_of(one) != files_of(other)
+
+
+def test_versions_are_evaluated_and_that_changes_no_batch(tmp_path, base):
+    """The start, every second version and the last; the same tasks each time."""
+    plain, _, _ = whole_run(tmp_path / "a", base)
+    tree, trainer, _ = whole_run(tmp_path / "b", base, evaluation={"interval_steps": 3, "prompts": 2})
+    assert files_of(plain) == files_of(tree) and not plain.evals_jsonl.exists()
+    rows = read_lines(tree.evals_jsonl)
+    assert [(row["step"], row["prompts"], row["failed"]) for row in rows] == [(0, 2, 0), (3, 2, 0), (4, 2, 0)]
+    assert [row["version"] for row in rows] == [trainer.versions[step] for step in (0, 3, 4)]
+
+
+def test_an_evaluation_is_made_once_however_often_the_orchestrator_starts(tmp_path, base):
+    whole, _, _ = whole_run(tmp_path / "a", base, evaluation={"interval_steps": 1, "prompts": 2})
+    with FakeServer() as server:
+        tree = make_run(tmp_path / "b", base, server.url, evaluation={"interval_steps": 1, "prompts": 2})
+        with FakeTrainer(tree, ends={2: ("failed", "a test")}), pytest.raises(RunError):
+            orchestrator.main(tree.root)
+        with FakeTrainer(tree, start_step=2):
+            orchestrator.main(tree.root)
+    assert tree.evals_jsonl.read_bytes() == whole.evals_jsonl.read_bytes()
+
+
+def test_too_many_failed_rollouts_end_the_run_with_the_reason(tmp_path, base, server):
+    broken = {"name": f"{FakeServer.__module__}:Breaks", "options": {"every": 3}}
+    whole_run(tmp_path / "a", base, environment=broken)
+    tree = make_run(tmp_path / "b", base, server.url, environment=broken, max_failed_share=0.3)
+    with FakeTrainer(tree), pytest.raises(RunError, match=r"2 of 6 rollouts of batch 1 failed.*0\.3.*OSError: broken"):
+        orchestrator.main(tree.root)
+    assert files_of(tree) == {}
 
 
 def test_a_fixed_lag_samples_ahead(tmp_path, base):
@@ -299,12 +329,12 @@ def test_a_version_that_is_refused_again_and_again_is_an_error(tmp_path, base, s
     tree = make_run(tmp_path, base, server.url)
     with FakeTrainer(tree), pytest.raises(Refused, match="no model tiny@0-"):
         orchestrator.main(tree.root)
-    assert len(server.requests) == orchestrator.REFUSALS_MAX
+    assert len(server.requests) == serving.REFUSALS_MAX
     assert files_of(tree) == {}
 
 
 def test_a_batch_that_brings_the_server_down_each_time_is_given_up(tmp_path, base, server, comes_back, monkeypatch):
-    monkeypatch.setattr(orchestrator, "LOSSES_MAX", 3)
+    monkeypatch.setattr(serving, "LOSSES_MAX", 3)
     server.die_at = set(range(1, 100))
     tree = make_run(tmp_path, base, server.url)
     with FakeTrainer(tree), pytest.raises(ServerGone, match="/v1/completions"):
@@ -313,7 +343,7 @@ def test_a_batch_that_brings_the_server_down_each_time_is_given_up(tmp_path, bas
 
 
 def test_a_server_that_stays_away_is_named(tmp_path, base, server, monkeypatch):
-    monkeypatch.setattr(orchestrator, "INFERENCE_START_SECONDS", 0.1)
+    monkeypatch.setattr(serving, "INFERENCE_START_SECONDS", 0.1)
     server.die_at = {2}
     tree = make_run(tmp_path, base, server.url)
     with FakeTrainer(tree), pytest.raises(ServerGone) as caught:

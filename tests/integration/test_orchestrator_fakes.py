@@ -65,6 +65,21 @@ class TwoTurns:
         return float(len(first.text) - len(second.text))
 
 
+class Breaks:
+    """An environment in which every so-manyth task cannot be played."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def task(self, seed: int, index: int, split: str) -> Task:
+        return Task(({"role": "user", "content": f"{split} {index}"},), {"index": index})
+
+    async def run(self, task: Task, policy: Any) -> float:
+        if task.data["index"] % self.every == 0:
+            raise OSError("broken")
+        return float(len((await policy.ask(task.messages)).text))
+
+
 class FakeServer:
     """Speaks the inference API. Its answers are a function of (adapter bytes, prompt, seed, index).
 

@@ -10,7 +10,9 @@ import pytest
 from graftwork.config.schema import AdapterConfig, ModelConfig, RunConfig
 from graftwork.errors import ConfigError, RunError, ServerGone
 from graftwork.programs import orchestrator as module
+from graftwork.programs import serving
 from graftwork.programs.orchestrator import Orchestrator, Pauses, RunStopped
+from graftwork.programs.serving import Serving
 from graftwork.programs.warm_start import refuse_another_source
 from graftwork.store.disk import Disk
 from graftwork.store.layout import RunTree
@@ -110,7 +112,7 @@ def test_pauses_grow_up_to_a_limit() -> None:
 
 
 def test_a_server_that_is_gone_or_silent_does_not_keep_it(tree: RunTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(serving, "LEAVE_SECONDS", 0.05)
 
     class Gone:
         async def served_models(self) -> list[str]:
@@ -121,7 +123,5 @@ def test_a_server_that_is_gone_or_silent_does_not_keep_it(tree: RunTree, monkeyp
             await asyncio.sleep(3600)
             return []
 
-    leaving = orchestrator(tree)
     for client in (Gone(), Silent()):
-        leaving.client = client  # type: ignore[assignment]
-        asyncio.run(leaving.leave_inference())
+        asyncio.run(Serving(tree.id, client).leave_inference())  # type: ignore[arg-type]

@@ -1,0 +1,107 @@
+"""One run's versions in an inference server: one at a time, loaded when needed, whatever becomes of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from graftwork.errors import BadRunId, InferenceError, Refused, ServerGone
+from graftwork.rollouts.client import InferenceClient
+from graftwork.store.layout import RunId
+from graftwork.store.queue import Published, parse_version_name
+
+log = logging.getLogger("graftwork.orchestrator")
+T = TypeVar("T")
+
+INFERENCE_START_SECONDS = 300.0
+"""How long the inference server may take to come up, at the start and after it went away."""
+LOSSES_MAX = 10
+"""A batch that lost the server this often is given up: it may be what brings the server down."""
+REFUSALS_MAX = 3
+REFUSED_PAUSE_SECONDS = 1.0
+"""A batch that was refused this often in a row is an error. The pauses in between grow by this: the server may be about
+to notice that another run does not need its place any more."""
+LEAVE_SECONDS = 3.0
+"""Longest wait for inference at the end; what it was told to unload, it unloads in its own time."""
+
+
+@dataclass
+class Serving:
+    """The run's side of the server at the other end of `client`."""
+
+    run: RunId
+    client: InferenceClient
+
+    async def from_one_server(self, published: Published, what: str, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` gives, all of it sampled by one server that holds this version.
+
+        A server that goes away is waited for. Nothing of what it had sampled is kept: requests are keyed by their
+        seeds, so work that is begun again gives the same.
+        """
+        losses = refusals = 0
+        while True:
+            try:
+                await self.serve(published)
+                return await work()
+            except Refused as error:  # most often: it was started again, or gave the adapter's place to another run
+                refusals += 1
+                if refusals == REFUSALS_MAX:
+                    raise
+                log.warning("run %s: %s is begun again: %s", self.run, what, error)
+                await asyncio.sleep(refusals * REFUSED_PAUSE_SECONDS)
+            except InferenceError as error:
+                losses, refusals = losses + 1, 0
+                if losses == LOSSES_MAX:
+                    raise
+                await self.wait_for_inference(error)
+
+    async def wait_for_inference(self, error: InferenceError) -> None:
+        """Until a server that went away with `error` is well. Raises `error` if it was well all the time, ServerGone
+        if it does not come back."""
+        if not isinstance(error, ServerGone) and await self.client.is_well():
+            raise error
+        log.warning("run %s: %s; waiting up to %g seconds for inference", self.run, error, INFERENCE_START_SECONDS)
+        try:
+            await self.client.wait_ready(INFERENCE_START_SECONDS)
+        except InferenceError as last:
+            raise ServerGone(
+                f"{error}. It was not well again within {INFERENCE_START_SECONDS:g} seconds (last: {last}); resume the"
+                " run once it is"
+            ) from None
+        log.info("run %s: %s is well", self.run, self.client.url)
+
+    async def serve(self, published: Published) -> None:
+        """Have inference hold this version of the run and no other. Nothing is in flight between two batches."""
+        version = published.version
+        if version.name in await self.unload_all_but(version.name):
+            return
+        await self.client.load_adapter(version, published.path)
+        if version.name not in await self.client.served_models():
+            raise Refused(
+                f"run {self.run}: {self.client.url} said that it loaded {version.name} from {published.path}, but"
+                " does not serve it; nothing was sampled"
+            )
+
+    async def unload_all_but(self, kept: str | None) -> list[str]:
+        """Unload this run's versions, but `kept`. Returns what was served before."""
+        served = await self.client.served_models()
+        for name in served:
+            if name != kept and self.is_ours(name):
+                await self.client.unload_adapter(name)
+        return served
+
+    async def leave_inference(self) -> None:
+        """Let a server that is there go of the run's versions: it may outlive this orchestrator by far."""
+        try:
+            await asyncio.wait_for(self.unload_all_but(None), LEAVE_SECONDS)
+        except (InferenceError, TimeoutError) as error:
+            log.info("run %s: its versions may still be in inference: %s", self.run, str(error) or "no answer")
+
+    def is_ours(self, model: str) -> bool:
+        try:
+            return parse_version_name(model)[0] == self.run
+        except BadRunId:
+            return False  # the base, or an adapter that a person loaded
