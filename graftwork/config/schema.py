@@ -179,6 +179,9 @@ class RunSection(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     max_failed_share: Fraction = 0.5
     """Share of a batch's rollouts that may fail (their environment raised) before the run is ended with the reason."""
+    max_mismatch: PositiveFloat | None = None
+    """Largest mean difference, over a step's tokens, of trainer's and sampler's log-prob before the run is evicted. Not
+    given: any."""
     max_skipped_steps: Positive = 3
     """Steps in a row whose gradient is not finite before the run is evicted."""
     inference_url: str = "http://127.0.0.1:8000"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.store.queue import Batch, Version
+from graftwork.store.queue import Batch, Rollout, Version
 from graftwork.training.learner import Sums
 from graftwork.training.optim import StepOutcome
 
@@ -42,6 +43,7 @@ def metrics_row(
         "mismatch_mean": means["mismatch"],
         "mismatch_max": sums.mismatch_max,
         "truncated": means["truncated"],
+        "equal_groups": equal_groups(work.batch.rollouts),
         "rollouts": len(rewards),
         "tokens": sums.tokens,
         "loss_tokens": sums.loss_tokens,
@@ -54,3 +56,11 @@ def metrics_row(
         "wait_seconds": batch_wait_seconds,
         "tokens_per_second": sums.tokens / max(step_seconds, 1e-9),
     }
+
+
+def equal_groups(rollouts: Sequence[Rollout]) -> int:
+    """Prompts whose answers all earned the same, so that none of them teaches anything: too easy, or too hard."""
+    rewards: dict[int, set[float]] = {}
+    for rollout in rollouts:
+        rewards.setdefault(rollout.prompt_index, set()).add(rollout.reward)
+    return sum(len(different) == 1 for different in rewards.values())

@@ -62,6 +62,8 @@ class Tenant:
         self.doubted = False
         """Whether its orch.toml could not be read in the last pass."""
         self.tokens_learnt = 0
+        self.mismatch = 0.0
+        """Mean difference of trainer's and sampler's log-probs in the last step."""
 
     @property
     def step(self) -> int:
@@ -212,7 +214,7 @@ class Tenant:
             raise RunError(f"run {self.tree.id}: step {self.step + 1}: {faults[0]}")
         outcome = self.crew.step(self.learner, work.digest, gradient_norm(reports))
         sums = Sums.merged([report.sums for report in reports])
-        self.work = None
+        self.work, self.mismatch = None, sums.means().get("mismatch", 0.0)
         self.orchestrator_state = work.batch.orchestrator_state
         version = self._publish(skipped=outcome.skipped)
         append_link(self.disk, self.tree, self._link(work.digest, version, skipped=outcome.skipped))

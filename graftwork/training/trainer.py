@@ -215,6 +215,12 @@ class Trainer:
         if skipped >= config.max_skipped_steps:
             reason = f"{skipped} steps in a row had a gradient that was not finite"
             self._end(tenant, "evicted", reason, checkpoint=True)
+        elif config.max_mismatch is not None and not tenant.mismatch <= config.max_mismatch:
+            reason = (
+                f"trainer and sampler differ by {tenant.mismatch:.3g} in the log-prob of a token, on average; "
+                f"max_mismatch is {config.max_mismatch:g}"
+            )
+            self._end(tenant, "evicted", reason, checkpoint=True)
         elif tenant.finished:
             self._end(tenant, "finished", None)
         elif tenant.seconds_without_batch > config.max_batch_wait_seconds and tenant.head() is None:

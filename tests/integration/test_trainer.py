@@ -476,6 +476,18 @@ def test_a_gradient_that_is_not_finite_skips_steps_and_then_evicts(lab: Lab) -> 
     assert [v.facts["skipped"] for v in versions if v] == [False, False, True, True]
 
 
+def test_a_sampler_that_is_another_model_evicts_where_a_limit_is_set(lab: Lab) -> None:
+    """Made-up log-probs are far from the trainer's. The step is taken, recorded and checkpointed; no other follows."""
+    tree, free, trainer = lab.run("a", max_mismatch=0.5), lab.run("b"), lab.trainer(slots=2)
+    lab.feed(tree, trainer, 6)
+    lab.feed(free, trainer, 6)
+    [row] = read_lines(tree.metrics_jsonl)
+    assert row["mismatch_mean"] > 0.5 and stable_steps(tree.checkpoints) == [0, 1]
+    assert status_of(tree).state == "evicted" and "max_mismatch is 0.5" in str(status_of(tree).reason)
+    assert status_of(free).state == "finished"
+    assert row["equal_groups"] == 0
+
+
 def test_fed_the_same_batches_a_run_is_bit_equal_alone_and_beside_others(lab: Lab, tmp_path: Path) -> None:
     alone = Lab(tmp_path / "alone", lab.base, lab.model)
     tree = alone.run("b", seed=3)
