@@ -71,20 +71,15 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class _SamplingBody(_Body):
-    """What completions and chat completions have in common."""
+class _Sampling(_Body):
+    """How to sample: what all requests have in common."""
 
-    model: str
     n: Annotated[int, defaulted(1)] = 1
     temperature: Annotated[float, defaulted(1.0)] = 1.0
     top_p: Annotated[float, defaulted(1.0)] = 1.0
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
-    return_token_ids: Annotated[bool, defaulted(False)] = False
-    user: str | None = None  # says who asks; changes nothing
 
-    stream: Off = False
-    stream_options: Unsupported = None
     logit_bias: Annotated[Any, only({})] = None
     presence_penalty: NoPenalty = 0
     frequency_penalty: NoPenalty = 0
@@ -94,13 +89,26 @@ class _SamplingBody(_Body):
     min_tokens: NoPenalty = 0
     ignore_eos: Off = False
     stop_token_ids: Annotated[Any, only([])] = None
+
+    def request_to(self, model: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> GenerationRequest:
+        return GenerationRequest(
+            model, prompts, n=self.n, max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p,
+            seed=self.seed, stop=tuple(self.stop),
+        )  # fmt: skip
+
+
+class _SamplingBody(_Sampling):
+    """What completions and chat completions have in common."""
+
+    model: str
+    return_token_ids: Annotated[bool, defaulted(False)] = False
+    user: str | None = None  # says who asks; changes nothing
+    stream: Off = False
+    stream_options: Unsupported = None
     response_format: Annotated[Any, only({"type": "text"})] = None
 
     def request(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> GenerationRequest:
-        return GenerationRequest(
-            self.model, prompts, n=self.n, max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p,
-            seed=self.seed, stop=tuple(self.stop),
-        )  # fmt: skip
+        return self.request_to(self.model, prompts, max_tokens)
 
 
 class CompletionBody(_SamplingBody):
@@ -146,6 +154,36 @@ class ChatBody(_SamplingBody):
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         return room if self.max_tokens is None else self.max_tokens
+
+
+class SamplingParams(_Sampling):
+    """vLLM's, in POST /inference/v1/generate. What only says how text is made has no effect: there is none."""
+
+    max_tokens: Annotated[int, defaulted(16)] = 16
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    prompt_logprobs: Unsupported = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    detokenize: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+
+class GenerateBody(_Body):
+    """POST /inference/v1/generate: token ids in, token ids out."""
+
+    model: str
+    token_ids: Annotated[list[int], Field(min_length=1)]
+    sampling_params: SamplingParams = SamplingParams()
+    request_id: str | None = None
+    stream: Off = False
+    stream_options: Unsupported = None
+    priority: Annotated[Any, only(0)] = 0
+    cache_salt: Unsupported = None
+    features: Unsupported = None
+    kv_transfer_params: Unsupported = None
+
+    def request(self) -> GenerationRequest:
+        return self.sampling_params.request_to(self.model, [self.token_ids], self.sampling_params.max_tokens)
 
 
 class LoadBody(_Body):
@@ -198,12 +236,37 @@ def chat_answer(body: ChatBody, prompt: list[int], result: GenerationResult, tok
     def shape(choice: Choice, text: str) -> dict[str, Any]:
         shaped: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "logprobs": None}
         if body.logprobs:
-            pairs = zip(choice.token_ids.tolist(), choice.logprobs.tolist(), strict=True)
-            entries = [{"token": f"token_id:{t}", "logprob": p, "bytes": None, "top_logprobs": []} for t, p in pairs]
-            shaped["logprobs"] = {"content": entries}
+            shaped["logprobs"] = {"content": _entries(choice)}
         return shaped
 
     return _answer("chat.completion", "chatcmpl", body, [prompt], result, tokenizer, shape)
+
+
+def generate_answer(body: GenerateBody, result: GenerationResult) -> dict[str, Any]:
+    """The log-probs are always there: who asks for token ids wants to train on them."""
+    return {
+        "request_id": body.request_id or f"generate-{uuid.uuid4().hex}",
+        "choices": [
+            {
+                "index": index,
+                "token_ids": choice.token_ids.tolist(),
+                "finish_reason": choice.finish_reason,
+                "logprobs": {"content": _entries(choice)},
+            }
+            for index, choice in enumerate(result.choices)
+        ],
+        "graftwork": _source(result),
+    }
+
+
+def _entries(choice: Choice) -> list[dict[str, Any]]:
+    pairs = zip(choice.token_ids.tolist(), choice.logprobs.tolist(), strict=True)
+    return [{"token": f"token_id:{t}", "logprob": p, "bytes": None, "top_logprobs": []} for t, p in pairs]
+
+
+def _source(result: GenerationResult) -> dict[str, Any]:
+    """Which adapter the engine itself used."""
+    return {"version": result.version, "digest": result.digest}
 
 
 def _answer(
@@ -231,7 +294,7 @@ def _answer(
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
         },
-        "graftwork": {"version": result.version, "digest": result.digest},
+        "graftwork": _source(result),
     }
 
 

@@ -63,6 +63,11 @@ def _add_sampling(app: FastAPI, engine: Engine, tokenizer: api.Tokenizer) -> Non
         result = await _answered(engine.submit(body.request([prompt], max_tokens)), request)
         return JSONResponse(api.chat_answer(body, prompt, result, tokenizer))
 
+    @app.post("/inference/v1/generate")
+    async def generate(body: api.GenerateBody, request: Request) -> Response:
+        result = await _answered(engine.submit(body.request()), request)
+        return JSONResponse(api.generate_answer(body, result))
+
 
 def _add_adapters(app: FastAPI, engine: Engine) -> None:
     created = int(time.time())

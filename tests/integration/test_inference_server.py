@@ -142,6 +142,34 @@ def test_chat_is_a_completion_of_the_rendered_messages(client: TestClient, publi
     assert free["choices"][0]["finish_reason"] == "stop" or free["usage"]["total_tokens"] == 64
 
 
+def test_generate_takes_and_gives_token_ids(client: TestClient, published: Published) -> None:
+    """The same tokens and log-probs as a completion; what verifiers' train client reads is there."""
+    name = published.version.name
+    same = complete(client, model=name, prompt=[5, 6], n=2, logprobs=1, return_token_ids=True)["choices"]
+    params = {"max_tokens": 6, "seed": 1, "n": 2, "logprobs": 1, "skip_special_tokens": False}
+    body = {"model": name, "token_ids": [5, 6], "sampling_params": params, "request_id": "mine"}
+    answer = client.post("/inference/v1/generate", json=body).json()
+    assert answer["request_id"] == "mine"
+    assert answer["graftwork"] == {"version": name, "digest": published.version.digest}
+    for choice, other in zip(answer["choices"], same, strict=True):
+        assert choice["token_ids"] == other["token_ids"] and choice["finish_reason"] == other["finish_reason"]
+        entries = choice["logprobs"]["content"]
+        assert [entry["token"] for entry in entries] == other["logprobs"]["tokens"]
+        assert [entry["logprob"] for entry in entries] == other["logprobs"]["token_logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"token_ids": []}, "token_ids"), ({"sampling_params": {"top_k": 5}}, "sampling_params.top_k"),
+        ({"features": {"image": 1}}, "features"), ({"sampling_params": {"beam": 2}}, "sampling_params.beam"),
+    ],
+)  # fmt: skip
+def test_generate_refuses_by_name_what_it_cannot_honour(client: TestClient, change: Any, named: str) -> None:
+    response = client.post("/inference/v1/generate", json={"model": "tiny", "token_ids": [5], **change})
+    assert response.status_code == 400 and named in response.json()["error"]["message"]
+
+
 def test_models_are_the_base_and_its_adapters(client: TestClient, published: Published) -> None:
     base, adapter = client.get("/v1/models").json()["data"]
     assert (base["id"], base["parent"], base["max_model_len"], base["digest"]) == ("tiny", None, 64, None)
