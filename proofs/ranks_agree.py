@@ -1,6 +1,7 @@
 """What several ranks compute against what one computes. On every rank, by on_ranks.py:
 
 fills       full tensors laid out over ranks by `fill`, and put together again
+slots       adapters written into slots, one after the other, and taken out again
 gradients   a step's gradient on all ranks, the base sharded and replicated, against the gradient on one
 train       three steps of a run from its step_0 in one folder, and its checkpoint in another
 carry       a run's newest checkpoint of one folder, taken up and written into another
@@ -89,6 +90,29 @@ def fills(ranks: Ranks) -> dict[str, Any]:
             if not torch.equal(whole(target), source) or room.data_ptr() != target.to_local().data_ptr():
                 wrong.append(f"{shape} {placement}")
     return {"tried": tried, "wrong": wrong}
+
+
+def slots(ranks: Ranks, base: str) -> list[str]:
+    """What is not so when adapters come into slots of several ranks and go: of every rank."""
+    own = based(base, Placement(ranks))
+    bank = own.new_bank(SLOTS, gradients=True)
+    adapters = [prepare(InMemory(random_adapter(own.spec.shapes, rank, seed=rank)), own.spec) for rank in (1, 3)]
+    wrong = []
+    for slot, prepared in ((0, adapters[0]), (2, adapters[1])):
+        before = bank.weights.clone()
+        bank.write(slot, prepared)
+        others = [other for other in range(SLOTS) if other != slot]
+        if not torch.equal(bank.weights[others], before[others]):
+            wrong.append(f"writing slot {slot} touched another")
+        if bank.read(slot).digest() != prepared.adapter.digest():
+            wrong.append(f"slot {slot} does not hold what was written")
+        factors = next(iter(bank.factors.values()))
+        if not bool(factors.b[slot].any()) or bool(factors.b[1].any()):
+            wrong.append(f"what the layers compute with is not what slot {slot} holds")
+    bank.reset(2)
+    if bank.weights[1:].count_nonzero() or bank.read(0).digest() != adapters[0].adapter.digest():
+        wrong.append("a reset left something, or took something else")
+    return [f"rank {rank}: {text}" for rank, texts in enumerate(ranks.gather(wrong)) for text in texts]
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

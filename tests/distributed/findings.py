@@ -62,6 +62,7 @@ class Findings:
             asks["faults"] = Ask(
                 "proofs.rank_faults", "errors", [self.folder / "qwen3", self.folder / "faults", FAULTS]
             )
+        asks |= {f"slots of {kind}": Ask("proofs.ranks_agree", "slots", [self.folder / kind]) for kind in KINDS}
         asks |= {kind: Ask("proofs.ranks_agree", "gradients", [self.folder / kind]) for kind in KINDS}
         return asks | {"base": Ask("distributed.base_checks", "checks", [self._bases])}
 

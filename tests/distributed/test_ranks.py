@@ -33,6 +33,12 @@ def test_a_full_tensor_is_laid_out_over_ranks_each_writing_its_part(findings: Fi
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [2, 4])
+def test_an_adapter_comes_into_its_slot_and_touches_no_other(findings: Findings, ranks: int, kind: str) -> None:
+    assert findings.on(ranks)[f"slots of {kind}"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_are_those_of_one_rank(findings: Findings, ranks: int, kind: str) -> None:
     """Of runs with more sequences than ranks and with fewer, alone and mixed, the base sharded and replicated."""
     found = findings.on(ranks)[kind]

@@ -63,6 +63,8 @@ def test_rl_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     config, given = calls[0]
     assert given == {"resume": True, "resume_step": None}
     assert (config.run.max_steps, config.run.seed, config.run.optimizer.learning_rate) == (25, 3, 1e-4)
+    assert run(monkeypatch, "rl", "rl.toml", "--ranks", "2") == 0
+    assert calls.pop()[0].trainer.ranks == 2
     assert run(monkeypatch, "rl", "rl.toml", "--resume-step", "10") == 0
     assert calls[1][1] == {"resume": False, "resume_step": 10}
     assert calls[1][0].run.max_steps == 20
