@@ -150,8 +150,9 @@ def _model(base: Path) -> ModelConfig:
 
 
 def prove_main(proof: Proof, folder: Path, seed: int) -> None:
-    """The demo's own job and measure: held-out reward after 20 steps, from the adapter that its SFT makes. A sum in another
-    order is another sampled token some steps later, and from there on another run: so seeds are compared, not one."""
+    """The demo's own job and measure: held-out reward after 20 steps, from the adapter that its SFT makes. A sum in
+    another order is another sampled token some steps later, and from there on another run: so seeds are compared, not
+    one."""
     sft = folder / "main" / "sft"
     graftwork("sft", "examples/reverse_text/sft.toml", "--output_dir", str(sft), log=folder / "main.log")
     rewards: dict[int, list[float]] = {1: [], 2: []}
