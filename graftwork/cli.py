@@ -242,6 +242,25 @@ def runs_verify(ctx: typer.Context, ids: Ids, output_dir: AnyOutputDir = None, a
     raise typer.Exit(any(report["findings"] for report in found))
 
 
+Logs = Annotated[
+    list[str], typer.Argument(metavar="RUN", help="The run's id, or the path of its folder or of a metrics.jsonl.")
+]
+
+
+@app.command()
+def plot(
+    runs: Logs,
+    output_dir: OutputDir = "outputs",
+    out: Annotated[
+        Path | None, typer.Option(help="A .png. Default: plot.png beside the run's logs; of several, in --output-dir.")
+    ] = None,
+) -> None:
+    """Draw the curves of a run, or of several in one picture."""
+    from graftwork.programs import plot as program
+
+    print(program.main(output_dir, runs, out))
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A saved adapter (PEFT), or a trainer's checkpoint.")],
