@@ -32,7 +32,7 @@ from graftwork.cli_adapter import (
 )
 from graftwork.config.load import load
 from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftConfig, SubmitConfig, TrainerConfig
-from graftwork.errors import ConfigError, GraftworkError
+from graftwork.errors import ConfigError, GraftworkError, RankLost
 from graftwork.programs.processes import end_with_parent
 
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -68,7 +68,7 @@ def main() -> None:
     set_up_logging()
     try:
         app(prog_name="graftwork")
-    except GraftworkError as error:
+    except (GraftworkError, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

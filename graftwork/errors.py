@@ -16,12 +16,16 @@
     |   |-- BadBatch         a batch is malformed or was sampled from an unknown adapter
     |   |-- StaleBatch       a batch was sampled from too old a version
     |   `-- CannotResume     a run asked to go on and there is nothing whole to go on from
-    |-- RankLost             a rank of the trainer died, hangs or broke                 -> the job ends, starts again
     |-- InferenceError       the inference server
     |   |-- ServerGone       it does not answer
     |   |-- Refused          it answered, and said no (the embedded engine's kinds are in inference/requests.py)
     |   `-- EngineFault      the embedded engine broke; every request that waited gets this (inference/engine.py)
     `-- ProgramFailed        a process that this one started ended badly
+
+    RankLost                 a rank of the trainer died, hangs or broke                 -> the job ends, starts again
+
+RankLost stands apart, as KeyboardInterrupt does: it is no fault of the run in whose turn it strikes, so no handler of
+such faults may hold it.
 
 A message says what went wrong, where (run, file, tensor or key; expected and found), and what happens next.
 Anything else that is raised is a bug of ours and keeps its traceback.
@@ -92,7 +96,7 @@ class CannotResume(RunError):
     pass
 
 
-class RankLost(GraftworkError):
+class RankLost(BaseException):
     pass
 
 

@@ -16,7 +16,9 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from graftwork.config.load import dump, load
 from graftwork.config.schema import AdapterConfig, LoraConfig, LossConfig, ModelConfig, RunConfig, TrainerConfig
 from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel, Placement, load_base
-from graftwork.parallel.ranks import Ranks
+from graftwork.parallel.ranks import Ranks, restarts
 from graftwork.store.checkpoint import open_checkpoint
 from graftwork.store.disk import Disk
 from graftwork.store.files import Content, is_stable
@@ -48,36 +50,28 @@ class Armed(Unsynced):
         self.folder, self.at, self.kill, self.count = folder, at, kill, 0
         self.counts = True
 
-    def _meet(self, path: Path) -> None:
-        if not self.counts or not path.is_relative_to(self.folder):
-            return
-        self.count += 1
-        if self.count == self.at and not self.kill:
+    def _do(self, path: Path, work: Callable[[], None]) -> None:
+        meant = False
+        if self.counts and path.is_relative_to(self.folder):
+            self.count += 1
+            meant = self.count == self.at
+        if meant and not self.kill:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    def _met(self, path: Path) -> None:
-        if self.kill and self.counts and self.count == self.at and path.is_relative_to(self.folder):
+        work()
+        if meant:
             os._exit(KILLED)
 
     def make_folder(self, path: Path) -> None:
-        self._meet(path)
-        super().make_folder(path)
-        self._met(path)
+        self._do(path, partial(super().make_folder, path))
 
     def write(self, path: Path, data: Content) -> None:
-        self._meet(path)
-        super().write(path, data)
-        self._met(path)
+        self._do(path, partial(super().write, path, data))
 
     def sync_folder(self, path: Path) -> None:
-        self._meet(path)
-        super().sync_folder(path)
-        self._met(path)
+        self._do(path, partial(super().sync_folder, path))
 
     def rename(self, source: Path, target: Path) -> None:
-        self._meet(target)
-        super().rename(source, target)
-        self._met(target)
+        self._do(target, partial(super().rename, source, target))
 
 
 class Heard(logging.Handler):
@@ -225,7 +219,7 @@ def _failed_with_a_word(tree: RunTree, rank: int) -> list[str]:
 def kill(ranks: Ranks, base: str, folder: str, which: str) -> dict[str, Any]:
     """One kill; torchrun's second start of the job ends it."""
     lab, [(rank, k)] = Lab.of(ranks, base, Path(folder)), pairs(which)
-    second = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+    second = restarts() > 0
     armed = not second and ranks.rank == int(rank)
     if ranks.leads and not second:
         lab.lay("killed")

@@ -18,9 +18,8 @@ from graftwork.config.load import dump
 from graftwork.config.schema import ModelConfig
 from graftwork.programs.verify import verify_run
 from graftwork.store.layout import OutputTree
-from graftwork.store.status import TERMINAL, read_status
 from proofs.killing import alive, children_of
-from proofs.workload import Outcome, feed, outcome_of, trainer_config, trees_of, unfinished, write_run
+from proofs.workload import Outcome, feed, outcome_of, trainer_config, trees_of, unfinished, versions_in, write_run
 
 POLL_SECONDS = 0.02
 TIMEOUT_SECONDS = 600.0
@@ -74,17 +73,6 @@ class Job:
     def tail(self) -> str:
         return self.log.read_text()[-4000:]
 
-    @property
-    def versions(self) -> int:
-        """How many the runs have published, by their chains."""
-        chains = [tree.chain_jsonl for tree in trees_of(self.outputs)]
-        return sum(chain.read_bytes().count(b"\n") for chain in chains if chain.exists())
-
-    @property
-    def ended(self) -> bool:
-        statuses = [read_status(tree) for tree in trees_of(self.outputs)]
-        return all(status is not None and status.state in TERMINAL for status in statuses)
-
     def outcomes(self) -> dict[str, Outcome]:
         return {str(tree.id): outcome_of(tree) for tree in trees_of(self.outputs)}
 
@@ -132,7 +120,7 @@ class Strike:
     struck: list[int] = field(default_factory=list)
 
     def __call__(self, torchrun: subprocess.Popen[bytes]) -> None:
-        if self.at is None and self.job.versions >= self.versions:
+        if self.at is None and versions_in(self.job.outputs) >= self.versions:
             pids = rank_pids(torchrun.pid)
             if len(pids) == self.job.ranks:
                 os.kill(pids[self.rank], self.number)

@@ -329,6 +329,12 @@ def wanted(tree: RunTree) -> int | None:
     return None if status is None else status.wanted_batch
 
 
+def versions_in(outputs: OutputTree) -> int:
+    """How many the runs have published, by their chains."""
+    chains = [tree.chain_jsonl for tree in trees_of(outputs)]
+    return sum(chain.read_bytes().count(b"\n") for chain in chains if chain.exists())
+
+
 class Processes:
     """`graftwork trainer` on a workload, one process after the other."""
 
@@ -347,7 +353,7 @@ class Processes:
             with self.at_work() as process:
                 if len(moments) < most:
                     self._wait_for_versions(
-                        process, rng.randint(self.versions, max(self.versions, self.versions_max - 1))
+                        process, rng.randint(there := versions_in(self.outputs), max(there, self.versions_max - 1))
                     )
                     time.sleep(rng.uniform(0, seconds))
                     process.kill()
@@ -359,19 +365,13 @@ class Processes:
         return moments
 
     @property
-    def versions(self) -> int:
-        """How many the runs have published, by their chains."""
-        chains = [tree.chain_jsonl for tree in trees_of(self.outputs)]
-        return sum(chain.read_bytes().count(b"\n") for chain in chains if chain.exists())
-
-    @property
     def versions_max(self) -> int:
         return sum(len(outcome.digests) for outcome in self.workload.expected.values())
 
     def _wait_for_versions(self, process: subprocess.Popen[bytes], count: int) -> None:
         end = time.monotonic() + TIMEOUT_SECONDS
-        while process.poll() is None and self.versions < count:
-            assert time.monotonic() < end, f"{self.versions} of {count} versions after {TIMEOUT_SECONDS} s"
+        while process.poll() is None and versions_in(self.outputs) < count:
+            assert time.monotonic() < end, f"{versions_in(self.outputs)} of {count} versions after {TIMEOUT_SECONDS} s"
             time.sleep(POLL_SECONDS)
 
     @contextmanager

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from graftwork.adapters.canonical import Adapter, LoraPair
 from graftwork.adapters.companions import Companions, read_companions
+from graftwork.adapters.formats.expert_layout import piece_of
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.formats.peft_write import peft_files
 from graftwork.adapters.formats.tensor_file import tensor_chunks
@@ -96,7 +97,8 @@ def write_snapshot(staging: Staging, snapshot: Snapshot, facts: AdapterFacts, ra
     for name, moments in zip(MOMENTS, snapshot.moments or (), strict=False):
         tensors.update(_flatten(name, moments))
     for rank in range(ranks):
-        write_tensors(staging, rank, {name: cut_evenly(tensor, rank, ranks) for name, tensor in tensors.items()})
+        pieces = {n: piece_of(t.reshape(-1), rank, ranks) for n, t in tensors.items()} if ranks > 1 else tensors
+        write_tensors(staging, rank, pieces)
     write_shared(staging, snapshot, facts)
 
 
@@ -154,14 +156,6 @@ def read_snapshot(checkpoint: Checkpoint) -> Snapshot:
     except (Damaged, AdapterError, SafetensorError, OSError) as error:
         raise CannotResume(f"checkpoint {checkpoint.path} cannot be used: {error}") from None
     return Snapshot(state, adapter, moments, reference, orchestrator_state, companions)
-
-
-def cut_evenly(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """The elements [n] that rank `rank` of `ranks` has of a tensor: pieces of one size, the last shorter or empty."""
-    if ranks == 1:
-        return tensor
-    size = -(-tensor.numel() // ranks)
-    return tensor.reshape(-1)[rank * size : (rank + 1) * size]
 
 
 def _rank_file(rank: int) -> str:

@@ -118,6 +118,11 @@ class LossConfig(Section):
     kl_coefficient: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the KL divergence from the run's own starting adapter."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with the run's starting adapter."""
+        return self.kl_coefficient > 0
+
     @model_validator(mode="after")
     def _constant_is_set(self) -> LossConfig:
         if (self.normaliser == "constant") != (self.constant_tokens is not None):

@@ -206,7 +206,7 @@ class Reader:
         first, *others = source.names
         fill(target, self.slices(first))
         where_all = own_part(target)
-        if any(part.stop == part.start for part in where_all):
+        if not others or any(part.stop == part.start for part in where_all):
             return None
         mine = self.slices(first)[where_all]
         return next((name for name in others if not torch.equal(mine, self.slices(name)[where_all])), None)

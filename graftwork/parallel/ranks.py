@@ -31,9 +31,9 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
-def was_restarted() -> bool:
-    """Whether torchrun started this job again after one of its processes died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def restarts() -> int:
+    """How often torchrun has started this job again after one of its processes died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def job_pid() -> int:
@@ -51,7 +51,7 @@ def torchrun_store(timeout: timedelta, *, hosts: bool = False) -> dist.Store:
     is_open = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     master = hosts and not is_open and os.environ["RANK"] == "0"
     store = dist.TCPStore(host, port, is_master=master, wait_for_workers=False, timeout=timeout)
-    return dist.PrefixStore(f"graftwork/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"graftwork/{restarts()}", store)
 
 
 @dataclass(eq=False)

@@ -16,10 +16,10 @@ from threading import Event
 
 import torch
 
-from graftwork.config.schema import ModelConfig, TrainerConfig
+from graftwork.config.schema import TrainerConfig
 from graftwork.errors import RankLost
 from graftwork.model.base import BaseModel, Placement, load_base, pick_device
-from graftwork.parallel.ranks import Ranks, torchrun_store, under_torchrun, was_restarted
+from graftwork.parallel.ranks import Ranks, restarts, torchrun_store, under_torchrun
 from graftwork.parallel.watch import Watch
 from graftwork.programs.processes import PARENT_VARIABLE
 from graftwork.store.disk import Disk
@@ -39,7 +39,7 @@ def main(config: TrainerConfig) -> None:
             ranks, sharded=config.base_placement == "sharded",
             activation_checkpointing=config.activation_checkpointing, compile_layers=config.compile_layers,
         )  # fmt: skip
-        base = load_base(on_own_device(config.model), config.lora, placement)
+        base = load_base(config.model, config.lora, placement)
         if ranks.leads:
             lead(config, base)
         else:
@@ -58,7 +58,7 @@ def lead(config: TrainerConfig, base: BaseModel) -> None:
     several = f"{base.ranks.size} ranks, " if base.ranks.size > 1 else ""
     log.info("trainer: %s%d slots on %s (%s, %s), watching %s", several, config.slots, config.model.path,
              base.dtype, base.device, trainer.outputs.root)  # fmt: skip
-    trainer.some_ended = was_restarted()  # runs may have ended under the job's earlier start
+    trainer.some_ended = restarts() > 0  # runs may have ended under the job's earlier start
     trainer.run(stop)
     trainer.crew.quit()
     claim.release()
@@ -90,7 +90,8 @@ def joined(config: TrainerConfig) -> Iterator[Ranks]:
         yield Ranks.alone()
         return
     seconds = config.rank_timeout_seconds
-    ranks = Ranks.of_torchrun(torch.device(on_own_device(config.model).device), seconds + 60)  # the watch comes first
+    take_own_gpu(config.model.device)
+    ranks = Ranks.of_torchrun(pick_device(config.model.device), seconds + 60)  # the watch comes first
     store = torchrun_store(timedelta(seconds=seconds))
     sign_log(ranks)
     with Watch(ranks.rank, ranks.size, store, seconds) as watch:
@@ -108,14 +109,10 @@ def sign_log(ranks: Ranks) -> None:
         handler.setLevel(logging.INFO if ranks.leads else logging.WARNING)
 
 
-def on_own_device(model: ModelConfig) -> ModelConfig:
-    """Of several GPUs, each rank of a machine has its own."""
-    device = pick_device(model.device)
-    if device.type != "cuda" or device.index is not None or not under_torchrun():
-        return model.model_copy(update={"device": str(device)})
-    own = f"cuda:{os.environ['LOCAL_RANK']}"
-    torch.cuda.set_device(own)
-    return model.model_copy(update={"device": own})
+def take_own_gpu(device: str) -> None:
+    """Of a machine's GPUs each rank has its own, as the current one: where the configuration names none by number."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def use_threads(threads: int) -> None:

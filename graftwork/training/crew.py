@@ -5,7 +5,6 @@ A process alone is a crew of one: the same calls, and nothing is communicated.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +39,6 @@ from graftwork.training.orders import (
 from graftwork.training.packer import Example
 from graftwork.training.worker import Worker
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 

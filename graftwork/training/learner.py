@@ -41,8 +41,7 @@ class LearnerConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with the run's starting adapter."""
-        return self.loss is not None and self.loss.kl_coefficient > 0
+        return self.loss is not None and self.loss.needs_reference
 
 
 @dataclass
@@ -145,7 +144,7 @@ class Learner:
 
     def _hold_reference(self, snapshot: Snapshot) -> Adapter | None:
         """The run's starting adapter, in the reference bank, where its loss needs it."""
-        if not self.needs_reference:
+        if not self.config.needs_reference:
             return snapshot.reference
         reference = snapshot.reference or (snapshot.adapter if snapshot.state.step == 0 else None)
         assert reference is not None, "checked at admission"
@@ -177,10 +176,6 @@ class Learner:
             self.sums.mismatch_max = max(self.sums.mismatch_max, float(gap.max()) if len(gap) else 0.0)
         self._record(micro, loss, entropies, sums)
         return loss
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.config.needs_reference
 
     def _record(self, micro: MicroBatch, loss: Tensor, entropies: Tensor, sums: dict[str, Tensor]) -> None:
         self.sums.loss += float(loss.detach())
@@ -244,10 +239,6 @@ class Learner:
         self.optimizer.forget_gradient()
         self.sums, self.fault = Sums(), None
 
-    def release(self) -> None:
-        """Leave the slot zeroed."""
-        self.banks.reset(self.slot)
-
 
 def learn(learners: Sequence[Learner]) -> None:
     """One forward and backward pass for the next rounds of different runs: each run's gradients go to its own slot.
@@ -255,16 +246,16 @@ def learn(learners: Sequence[Learner]) -> None:
     With one run that is training alone. With several only the frozen base's products are shared, row by row: no number
     of one run, finite or not, reaches another's rows. Losses are each run's own; one backward pass starts from all.
 
-    All ranks take part. One that has nothing to learn in these rounds, where the base is sharded, passes a token
-    without a slot through it: the others need its part of every layer, forwards and backwards.
+    All ranks take part. One that has nothing to learn in these rounds, where the base is sharded, passes two
+    tokens without a slot through it: the others need its part of every layer, forwards and backwards.
     """
     banks = learners[0].banks
     parts = [(one, micro) for one in learners if (micro := one.rounds[-1].micro) is not None]
     if parts or banks.base.sharded:
         found = _logprobs(banks.base, parts, banks.training)
         references: dict[int, LogProbs] = {}
-        if any(one.needs_reference for one in learners):
-            compared = [(one, micro) for one, micro in parts if one.needs_reference]
+        if any(one.config.needs_reference for one in learners):
+            compared = [(one, micro) for one, micro in parts if one.config.needs_reference]
             with torch.no_grad():
                 answers = _logprobs(banks.base, compared, banks.references())
             references = {one.slot: answer for (one, _), answer in zip(compared, answers, strict=False)}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
+from safetensors.numpy import load, save
 
 from graftwork.config.schema import AdapterConfig, Section
 from graftwork.training.learner import LearnerConfig
 from graftwork.training.packer import Example
-
-D = TypeVar("D", bound=np.generic)
 
 
 class OfSlot(Section):
@@ -129,40 +125,25 @@ def describe(order: Order) -> str:
 
 
 def encode_examples(examples: Sequence[Example]) -> bytes:
-    """count and lengths [1 + n] int64, advantages [n] float64, then token ids int32, log-probs float32 and loss masks
-    bool of all sequences, each column behind the other."""
-    columns = (
-        np.asarray([len(examples), *(len(one.token_ids) for one in examples)], np.int64),
-        np.asarray([one.advantage for one in examples], np.float64),
-        np.concatenate([one.token_ids.astype(np.int32) for one in examples]),
-        np.concatenate([one.sampler_logprobs.astype(np.float32) for one in examples]),
-        np.concatenate([one.loss_mask.astype(np.bool_) for one in examples]),
+    """Columns in safetensors: lengths and advantages [n], and behind one another the sequences' tokens, log-probs and
+    loss masks."""
+    return save(
+        {
+            "lengths": np.array([len(one.token_ids) for one in examples], np.int64),
+            "advantages": np.array([one.advantage for one in examples], np.float64),
+            "token_ids": np.concatenate([one.token_ids for one in examples]),
+            "logprobs": np.concatenate([one.sampler_logprobs for one in examples]),
+            "loss_mask": np.concatenate([one.loss_mask for one in examples]),
+        }
     )
-    return b"".join(column.tobytes() for column in columns)
 
 
 def decode_examples(data: bytes) -> list[Example]:
     """The examples that `encode_examples` made, to the bit."""
-    count = int(np.frombuffer(data, np.int64, 1)[0])
-    lengths = np.frombuffer(data, np.int64, count, 8)
-    bounds = [0, *np.cumsum(lengths).tolist()]
-    at = [8 * (1 + count)]
-
-    def column(dtype: type[D], size: int) -> NDArray[D]:
-        found = np.frombuffer(data, dtype, size, at[0])
-        at[0] += found.nbytes
-        return found
-
-    advantages = column(np.float64, count)
-    tokens, logprobs, masks = (
-        column(np.int32, bounds[-1]), column(np.float32, bounds[-1]), column(np.bool_, bounds[-1])
-    )  # fmt: skip
-    assert at[0] == len(data), f"{len(data)} bytes of examples, expected {at[0]}"
+    columns = load(data)
+    ends = np.cumsum(columns["lengths"])[:-1]
+    sequences = (np.split(columns[name], ends) for name in ("token_ids", "loss_mask", "logprobs"))
     return [
-        Example(tokens[start:stop], masks[start:stop], logprobs[start:stop], float(advantage))
-        for (start, stop), advantage in zip(pairwise(bounds), advantages, strict=True)
+        Example(tokens, mask, logprobs, float(advantage))
+        for tokens, mask, logprobs, advantage in zip(*sequences, columns["advantages"], strict=True)
     ]
-
-
-def log_as_told(logger: logging.Logger, order: Say) -> None:
-    logger.log(order.level, "%s", order.text)

@@ -42,9 +42,8 @@ def starting_point(
         said = lines_of(make_step_0(disk, tree.checkpoints, base, door, config.adapter, config.seed, facts).report)
     for line in said:
         log.info("run %s: step_0: %s", tree.id, line)
-    needs_reference = config.loss.kl_coefficient > 0
     checkpoint, snapshot = open_start(
-        tree.checkpoints, step, base, config.adapter, config.seed, needs_reference=needs_reference
+        tree.checkpoints, step, base, config.adapter, config.seed, needs_reference=config.loss.needs_reference
     )
     if snapshot.state.skipped_in_a_row >= config.max_skipped_steps and not was_admitted(seen):
         # It was evicted for this, and somebody asked for another try: it gets all its tries.

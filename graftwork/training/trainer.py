@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from graftwork.adapters.source import InMemory
 from graftwork.config.schema import RunConfig, TrainerConfig
-from graftwork.errors import GraftworkError, RankLost
+from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel
 from graftwork.parallel.ranks import job_pid
 from graftwork.store.disk import Claim, Disk
@@ -184,8 +184,6 @@ class Trainer:
         else:
             try:
                 self.crew.learn(learners)
-            except RankLost:
-                raise
             except Exception:
                 log.exception(
                     "a micro-batch of %s failed; each learns alone", ", ".join(str(t.tree.id) for t in together)
@@ -239,8 +237,6 @@ class Trainer:
         """
         try:
             return work()
-        except RankLost:
-            raise
         except (GraftworkError, OSError) as error:
             self._end(tenant, "failed", as_reason(error))
         except Exception as error:
@@ -327,8 +323,6 @@ class Trainer:
             status = Status(str(run), "active", seen.orch_digest, arrival, admitted=True, slot=slot)
             max_tokens = min(self.config.tokens_per_micro_batch, self.base.max_positions)
             tenant = Tenant(self.disk, seen.tree, seen.config, status, self.crew, learner, max_tokens, self.clock)
-        except RankLost:
-            raise
         except (GraftworkError, OSError) as error:
             self._refuse(seen, arrival, slot, as_reason(error))
             return
@@ -355,8 +349,6 @@ class Trainer:
         if checkpoint:
             try:
                 tenant.checkpoint()
-            except RankLost:
-                raise
             except (GraftworkError, OSError) as error:
                 state, reason = "failed", f"{reason or state}; its checkpoint could not be written: {error}"
         try:

@@ -41,7 +41,6 @@ from graftwork.training.orders import (
     Vacate,
     decode_examples,
     describe,
-    log_as_told,
     order_from,
 )
 from graftwork.training.start import open_start, prepare_for
@@ -126,7 +125,7 @@ class Worker:
             case Vacate():
                 self.vacate(order)
             case Say():
-                log_as_told(log, order)
+                log.log(order.level, "%s", order.text)
             case Idle() | Quit():
                 pass
 
