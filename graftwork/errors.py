@@ -18,6 +18,7 @@
     |   `-- CannotResume     a run asked to go on and there is nothing whole to go on from
     |-- InferenceError       the inference server
     |   |-- ServerGone       it does not answer
+    |   |-- WrongAdapter     it answers a version's name with something else
     |   |-- Refused          it answered, and said no (the embedded engine's kinds are in inference/requests.py)
     |   `-- EngineFault      the embedded engine broke; every request that waited gets this (inference/engine.py)
     `-- ProgramFailed        a process that this one started ended badly
@@ -105,6 +106,10 @@ class InferenceError(GraftworkError):
 
 
 class ServerGone(InferenceError):
+    pass
+
+
+class WrongAdapter(InferenceError):
     pass
 
 

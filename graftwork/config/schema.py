@@ -193,6 +193,9 @@ class RunSection(Section):
     """Root of the OpenAI-compatible server that samples."""
     request_timeout_seconds: PositiveFloat = 1800.0
     """Longest wait for one answer of the inference server."""
+    probe_tolerance: PositiveFloat | None = None
+    """In nats. A server that cannot name the adapter that it holds (vLLM) is asked for the log-probs of a few tokens;
+    by so much they may differ from the trainer's. Not given: 0.03 for a base in float32, else 0.3."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> RunSection:
@@ -207,6 +210,13 @@ class RunConfig(RunSection):
     """One run: `control/orch.toml`. The orchestrator and the trainer read the same file."""
 
     model: ModelConfig
+
+    @property
+    def tolerance_of_probes(self) -> float:
+        """In nats."""
+        if self.probe_tolerance is not None:
+            return self.probe_tolerance
+        return 0.03 if self.model.dtype == "float32" else 0.3
 
 
 class SubmitConfig(RunSection):
@@ -249,6 +259,8 @@ class TrainerSection(ProgramSection):
     """Most tokens in one forward and backward pass; a longer single sequence is refused."""
     logprob_chunk_tokens: Positive = 2048
     """Loss positions whose logits exist at the same time."""
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Most of a GPU's memory that the trainer takes. Not given: all, or what a vLLM on the same GPU leaves."""
     poll_interval_seconds: PositiveFloat = 0.02
     """Sleep of a pass that found nothing to do."""
     exit_when_done: bool = False
@@ -280,7 +292,29 @@ class TrainerConfig(TrainerSection):
     """The tree that is watched for `run_*` folders."""
 
 
+class VllmSection(Section):
+    """[inference.vllm]: vLLM's server as a program of ours."""
+
+    python: str | None = None
+    """Interpreter of the environment that vLLM is installed in. Not given: the one that runs graftwork."""
+    gpus: str | None = None
+    """CUDA_VISIBLE_DEVICES of vLLM, such as "1" or "2,3". Not given: it shares the trainer's GPU."""
+    gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    """Share of a GPU's memory that vLLM takes at its start (its --gpu-memory-utilization)."""
+    start_timeout_seconds: PositiveFloat = 900.0
+    """How long it may take to come up."""
+    arguments: tuple[str, ...] = ()
+    """More of vLLM's own flags, such as ["--tensor-parallel-size", "2"]. Those that Graftwork sets itself are
+    refused."""
+
+
 class InferenceSection(ProgramSection):
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """What samples. vllm: a vLLM server, started by us."""
+    base_url: str | None = None
+    """Root of a server that is running already, of either kind, and has the base model's path as its name: none is
+    started. It must see the run folders under the same paths."""
+    vllm: VllmSection = VllmSection()
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -302,6 +336,36 @@ class InferenceConfig(InferenceSection):
     lora: LoraConfig = LoraConfig()
 
 
+GPU_MEMORY_SPARE = 0.05
+"""Share of a GPU that trainer and vLLM leave together: what their CUDA contexts take is in neither's account."""
+
+
+def shares_gpu(model: ModelConfig, inference: InferenceSection) -> bool:
+    """Whether trainer and a vLLM of ours may find themselves on one GPU."""
+    ours = inference.engine == "vllm" and inference.base_url is None
+    return ours and model.device != "cpu" and inference.vllm.gpus is None
+
+
+def refuse_crowded_gpu(model: ModelConfig, trainer: TrainerSection, inference: InferenceSection) -> None:
+    """Raises ValueError when both together ask for more memory than a GPU that they share has."""
+    if trainer.gpu_memory_fraction is None or not shares_gpu(model, inference):
+        return
+    total = trainer.gpu_memory_fraction + inference.vllm.gpu_memory_fraction
+    if total > 1 - GPU_MEMORY_SPARE + 1e-9:
+        raise ValueError(
+            f"trainer.gpu_memory_fraction {trainer.gpu_memory_fraction:g} and inference.vllm.gpu_memory_fraction "
+            f"{inference.vllm.gpu_memory_fraction:g} are {total:g} of one GPU, which has room for "
+            f"{1 - GPU_MEMORY_SPARE:g}; lower one, or give vLLM a GPU of its own (inference.vllm.gpus)"
+        )
+
+
+def trainer_share(model: ModelConfig, trainer: TrainerSection, inference: InferenceSection) -> float | None:
+    """The trainer's share of its GPU's memory: its own setting, or what a vLLM on the same GPU leaves."""
+    if trainer.gpu_memory_fraction is not None or not shares_gpu(model, inference):
+        return trainer.gpu_memory_fraction
+    return round(1 - GPU_MEMORY_SPARE - inference.vllm.gpu_memory_fraction, 6)
+
+
 class RlConfig(Section):
     """`graftwork rl`: one run with a trainer and an inference server of its own."""
 
@@ -312,6 +376,11 @@ class RlConfig(Section):
     trainer: TrainerSection = TrainerSection()
     inference: InferenceSection = InferenceSection(port=0)
     run: NamedRun
+
+    @model_validator(mode="after")
+    def _fits_the_gpu(self) -> RlConfig:
+        refuse_crowded_gpu(self.model, self.trainer, self.inference)
+        return self
 
 
 class ServeConfig(Section):
@@ -331,6 +400,11 @@ class ServeConfig(Section):
                 f"inference.max_adapters is {self.inference.max_adapters}, trainer.slots {self.trainer.slots}: every "
                 "run that trains needs its adapter in the sampler"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_gpu(self) -> ServeConfig:
+        refuse_crowded_gpu(self.model, self.trainer, self.inference)
         return self
 
 

@@ -58,6 +58,12 @@ def token_logprobs(
     return _TokenLogProbs.apply(hidden, weight, targets, temperature, chunk)
 
 
+def distributions(hidden: Tensor, weight: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probs [N, V] of all tokens, entropies [N]) in fp32: for few positions. hidden and weight as above."""
+    log_softmax = _logits(hidden, weight, temperature).log_softmax(-1)
+    return log_softmax, -(log_softmax.exp() * log_softmax).sum(-1)
+
+
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = (hidden @ weight.T).float()
     return logits if temperature == 1.0 else logits / temperature

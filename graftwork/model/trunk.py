@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.model.attention import AttentionPlan
-from graftwork.model.logprobs import token_logprobs
+from graftwork.model.logprobs import distributions, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Ask:
     """Tokens whose log-probs are wanted.
 
     rows         [N] int64: the rows of the whole micro-batch that predict `targets` [N] int64; N may be 0
+    targets      None: all tokens of the vocabulary, for few rows
     temperature  what the logits are divided by
     """
 
     rows: Tensor
-    targets: Tensor
+    targets: Tensor | None
     temperature: float
 
 
@@ -44,14 +45,17 @@ class Trunk(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, asks: Sequence[Ask], chunk: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """(log-probs [N], entropies [N]) in fp32 an ask, of which there is at least one.
+        """(log-probs [N], entropies [N]) in fp32 an ask, of which there is at least one; without targets,
+        (log-probs [N, V], entropies [N]).
 
         chunk: tokens whose logits exist at a time. Backwards from any ask, also one of no tokens, is backwards through
         all layers.
         """
         hidden = self.hidden(tokens, positions, plan)[torch.cat([ask.rows for ask in asks])]
         parts = hidden.split([len(ask.rows) for ask in asks]) if len(asks) > 1 else [hidden]
-        return [
-            token_logprobs(part, self.head.weight, ask.targets, temperature=ask.temperature, chunk=chunk)
-            for part, ask in zip(parts, asks, strict=True)
-        ]
+        return [self._answer(ask, part, chunk) for part, ask in zip(parts, asks, strict=True)]
+
+    def _answer(self, ask: Ask, hidden: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        if ask.targets is None:
+            return distributions(hidden, self.head.weight, temperature=ask.temperature)
+        return token_logprobs(hidden, self.head.weight, ask.targets, temperature=ask.temperature, chunk=chunk)

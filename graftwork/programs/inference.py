@@ -14,15 +14,14 @@ import torch
 import uvicorn
 
 from graftwork.config.schema import InferenceConfig, InferenceSection, LoraConfig, ModelConfig
-from graftwork.errors import ConfigError
 from graftwork.inference.engine import Engine
 from graftwork.inference.requests import EngineFault, GenerationRequest
 from graftwork.inference.server import build_app
 from graftwork.model.base import load_base
+from graftwork.programs.listening import listen, url_of
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.store.disk import Disk
 
-BACKLOG_CONNECTIONS = 2048
 SHUTDOWN_SECONDS = 3  # what requests under way are given when the server is told to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,7 +30,7 @@ def main(config: InferenceConfig) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError (port, tokenizer), ModelError, and EngineFault when the engine
     broke: a server that can only say so is of no use, and whoever started it can start another."""
     listener = listen(config.host, config.port)
-    url = url_of(config.host, listener)
+    url = url_of(config.host, listener.getsockname()[1])
     tokenizer = ChatTokenizer.load(config.model.path)
     with build_engine(config.model, config.lora, config, tokenizer) as engine:
         engine.submit(GenerationRequest(engine.base_name, [[0]], max_tokens=1)).result()
@@ -59,30 +58,6 @@ def build_engine(model: ModelConfig, lora: LoraConfig, section: InferenceSection
         max_model_len=section.max_model_len,
         decode=tokenizer.decode,
     )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, before anything slow begins: a port that is taken is said at once. Raises ConfigError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG_CONNECTIONS)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Stop the program that has the port, or set"
-            " inference.port to another one (0: any free one)"
-        ) from None
-    return listener
-
-
-def url_of(host: str, listener: socket.socket) -> str:
-    """Where a client on this machine reaches the listener."""
-    reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    shown = f"[{reachable}]" if ":" in reachable else reachable
-    return f"http://{shown}:{listener.getsockname()[1]}"
 
 
 class Server(uvicorn.Server):

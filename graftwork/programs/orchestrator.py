@@ -20,13 +20,13 @@ import signal
 import threading
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from graftwork.config.load import digest
 from graftwork.config.schema import RunConfig
-from graftwork.errors import ConfigError, RunError
+from graftwork.errors import ConfigError, RunError, StoreError
 from graftwork.programs.evaluations import Evaluations
 from graftwork.programs.orch_toml import asks_to_stop, read_orch_toml
 from graftwork.programs.serving import Serving
@@ -137,7 +137,7 @@ class Orchestrator:
 
     def __post_init__(self) -> None:
         self.evaluations = Evaluations(self.tree, self.config, self.disk)
-        self.serving = Serving(self.tree.id, self.client)
+        self.serving = Serving(self.tree.id, self.client, self.config.tolerance_of_probes)
 
     async def run(self) -> None:
         """Until the trainer says finished. Raises RunStopped, or GraftworkError with the reason when the run or the
@@ -295,19 +295,28 @@ class Orchestrator:
         """Make batch `step` from a version, and publish it."""
         version = published.version
         collected = await self.attended(self.play(step, published))
+        finding = self.serving.findings.get(version.name)
+        probe = None if finding is None else asdict(finding)
+        sampled = SampledVersion(version.name, version.digest, collected.digest_source, probe)
         self.refuse_failures(step, collected)
         batch = Batch(
             run=self.tree.id,
             step=step,
             temperature=self.config.sampling.temperature,
-            versions=(SampledVersion(version.name, version.digest, collected.digest_source),),
+            versions=(sampled,),
             rollouts=collected.rollouts,
             orchestrator_state={"next_step": step + 1, "seed": self.config.seed},
         )
         self.look()  # a folder that was removed meanwhile must not come back because we write into it
         # Rows first: a batch that is there has its rows, and rows without a batch are cut at the next start.
-        self.write_samples(step, collected)
-        publish_batch(self.disk, self.tree, batch)
+        try:
+            self.write_samples(step, collected)
+            publish_batch(self.disk, self.tree, batch)
+        except OSError as error:
+            raise StoreError(
+                f"run {self.tree.id}: batch {step} cannot be written ({error}), so it does not count; make room, then "
+                "resume the run"
+            ) from error
         self.last_step = max(self.last_step, step)
         log.info(
             "run %s: batch %d from %s: mean reward %.4f, %d rollouts (%d failed), %d tokens", self.tree.id, step,

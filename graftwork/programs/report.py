@@ -8,11 +8,10 @@ from typing import Any
 
 from graftwork.programs.progress import clock, number
 from graftwork.programs.start import Start
+from graftwork.programs.vllm import max_lora_rank
 from graftwork.store.files import read_json, read_lines
 from graftwork.store.layout import RunTree, stable_steps
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank accepts."""
 FILES = {
     "metrics.jsonl": "one line a step",
     "samples.jsonl": "prompts, answers, rewards, adapter versions",
@@ -64,7 +63,7 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 def _how_to_use(start: Start, weight: Path) -> list[str]:
     base = start.config.model.path
     rank = int(read_json(weight / "adapter_config.json", "adapter").get("r", start.config.lora.max_rank))
-    room = next((size for size in VLLM_RANKS if size >= rank), rank)
+    room = max_lora_rank(rank)
     return [
         "load it in Python:",
         "  from peft import PeftModel; from transformers import AutoModelForCausalLM",

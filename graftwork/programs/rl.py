@@ -37,7 +37,8 @@ def main(config: RlConfig, *, resume: bool, resume_step: int | None, command: Se
     began = time.monotonic()
     try:
         with noted_signals() as signals, Programs(start.outputs.logs, command, signals) as programs:
-            programs.start("inference", write_inference_toml(start.disk, start.outputs, start.config))
+            if start.config.inference.base_url is None:
+                programs.start("inference", write_inference_toml(start.disk, start.outputs, start.config))
             if start.settled():  # the trainer can load its base meanwhile: it finds nothing to do yet
                 start_trainer(start, programs)
             url = wait_for_inference(start, programs)
@@ -66,6 +67,8 @@ def start_trainer(start: Start, programs: Programs) -> None:
 
 def wait_for_inference(start: Start, programs: Programs) -> str:
     """The URL of the inference server, once it answers."""
+    if (url := start.config.inference.base_url) is not None:
+        return url
     print(f"run {start.tree.id}: inference and trainer load {start.config.model.path}", file=sys.stderr, flush=True)
     return str(_wait_for_own(start.ready_file, "inference", programs)["url"])
 

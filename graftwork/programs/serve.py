@@ -28,6 +28,7 @@ from graftwork.programs.start import (
     publish_served,
     read_served,
     ready_file,
+    refuse_absent_server,
     refuse_held,
     said_by,
     write_inference_toml,
@@ -119,10 +120,9 @@ class Keeper:
 
     def __post_init__(self) -> None:
         self.port = self.config.inference.port or port_of_before(self.outputs, self.config.inference.host)
-        self.kept = (
-            Kept("inference", ready_file(self.outputs), self.inference_toml),
-            Kept("trainer", self.outputs.trainer_json, self.trainer_toml),
-        )
+        inference = Kept("inference", ready_file(self.outputs), self.inference_toml)
+        trainer = Kept("trainer", self.outputs.trainer_json, self.trainer_toml)
+        self.kept = (trainer,) if self.config.inference.base_url is not None else (inference, trainer)
 
     def inference_toml(self) -> Path:
         inference = self.config.inference.model_copy(update={"port": self.port})
@@ -132,7 +132,10 @@ class Keeper:
         return write_trainer_toml(self.disk, self.outputs, self.config, exit_when_done=False)
 
     def start_all(self) -> None:
-        say(f"inference and trainer load {self.config.model.path}")
+        if (url := self.config.inference.base_url) is not None:
+            refuse_absent_server(url)
+            publish_served(self.disk, self.outputs, Served(os.getpid(), url, self.config.model))
+        say(f"{' and '.join(child.name for child in self.kept)}: loading {self.config.model.path}")
         for child in self.kept:
             self.start(child)
 

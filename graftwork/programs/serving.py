@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from graftwork.errors import BadRunId, InferenceError, Refused, ServerGone
+from graftwork.errors import BadRunId, InferenceError, Refused, ServerGone, WrongAdapter
 from graftwork.rollouts.client import InferenceClient
+from graftwork.rollouts.probe import Finding, Probe, judge
 from graftwork.store.layout import RunId
 from graftwork.store.queue import Published, parse_version_name
 
@@ -24,6 +25,8 @@ REFUSALS_MAX = 3
 REFUSED_PAUSE_SECONDS = 1.0
 """A batch that was refused this often in a row is an error. The pauses in between grow by this: the server may be about
 to notice that another run does not need its place any more."""
+PROBED_TOKENS = 20
+"""Likeliest next tokens that a server is asked for: as many as vLLM gives unless told otherwise."""
 LEAVE_SECONDS = 3.0
 """Longest wait for inference at the end; what it was told to unload, it unloads in its own time."""
 
@@ -34,6 +37,9 @@ class Serving:
 
     run: RunId
     client: InferenceClient
+    probe_tolerance: float
+    findings: dict[str, Finding] = field(default_factory=dict)
+    """By name: what probing found of versions that the server is known to hold, where it cannot name what it holds."""
 
     async def from_one_server(self, published: Published, what: str, work: Callable[[], Awaitable[T]]) -> T:
         """What `work` gives, all of it sampled by one server that holds this version.
@@ -74,16 +80,47 @@ class Serving:
         log.info("run %s: %s is well", self.run, self.client.url)
 
     async def serve(self, published: Published) -> None:
-        """Have inference hold this version of the run and no other. Nothing is in flight between two batches."""
+        """Have inference hold this version of the run and no other. Nothing is in flight between two batches.
+
+        A server that cannot name what it holds is probed, once a version. Raises WrongAdapter when what it holds under
+        the version's name is another adapter, and still is after it was loaded again.
+        """
         version = published.version
-        if version.name in await self.unload_all_but(version.name):
-            return
+        if version.name not in await self.unload_all_but(version.name):
+            await self.load(published)
+        elif self.client.is_vllm and version.name not in self.findings:
+            await self.probe_what_is_there(published)
+
+    async def probe_what_is_there(self, published: Published) -> None:
+        """Of an earlier orchestrator's loading, or somebody else's."""
+        try:
+            await self.probe(published)
+        except WrongAdapter as error:
+            log.warning("%s; it is loaded again", error)
+            await self.client.unload_adapter(published.version.name)
+            await self.load(published)
+
+    async def load(self, published: Published) -> None:
+        version = published.version
+        self.findings.clear()
         await self.client.load_adapter(version, published.path)
         if version.name not in await self.client.served_models():
             raise Refused(
                 f"run {self.run}: {self.client.url} said that it loaded {version.name} from {published.path}, but"
                 " does not serve it; nothing was sampled"
             )
+        if self.client.is_vllm:
+            await self.probe(published)
+
+    async def probe(self, published: Published) -> None:
+        """Raises WrongAdapter."""
+        probe, name = Probe.read(published.path), published.version.name
+        served = await self.client.next_tokens(name, probe.prompt, PROBED_TOKENS)
+        try:
+            self.findings[name] = finding = judge(probe, served, self.probe_tolerance)
+        except WrongAdapter as error:
+            raise WrongAdapter(f"run {self.run}: {self.client.url} does not hold {name}: {error}") from None
+        log.info("run %s: %s in inference is %s", self.run, name, finding)
 
     async def unload_all_but(self, kept: str | None) -> list[str]:
         """Unload this run's versions, but `kept`. Returns what was served before."""

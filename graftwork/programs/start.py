@@ -11,16 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from graftwork.config.load import build, dump
-from graftwork.config.schema import InferenceConfig, ModelConfig, RlConfig, RunConfig, ServeConfig, TrainerConfig
+from graftwork.config.schema import (
+    InferenceConfig,
+    ModelConfig,
+    RlConfig,
+    RunConfig,
+    ServeConfig,
+    TrainerConfig,
+    trainer_share,
+)
 from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
 from graftwork.programs.orch_toml import is_settled, status_of
 from graftwork.store.disk import Disk
 from graftwork.store.files import is_stable, read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 
+HEALTH_SECONDS = 5.0
 C = TypeVar("C", RlConfig, ServeConfig)
 
 
@@ -70,10 +80,13 @@ class Start:
 
 
 def absolute(config: C) -> C:
-    """The same with absolute paths: the programs may run anywhere."""
+    """The same with absolute paths, as the programs may run anywhere; and with a dtype where two engines must agree on
+    one."""
     init = absolute_path(config.trainer.init_adapter_path)
     trainer = config.trainer.model_copy(update={"init_adapter_path": init})
     model, output_dir = absolute_model(config.model), absolute_path(config.output_dir)
+    if config.inference.engine == "vllm" and model.dtype == "auto":
+        model = model.model_copy(update={"dtype": "bfloat16"})
     return config.model_copy(update={"trainer": trainer, "model": model, "output_dir": output_dir})
 
 
@@ -92,6 +105,8 @@ def absolute_path(path: str | None) -> str | None:
 def refuse_what_cannot_work(start: Start) -> None:
     """Every refusal that needs no program, before the first file is written. Raises ConfigError, CannotResume, Busy."""
     refuse_held(start.outputs.trainer_lock, start.tree.orchestrator_lock)
+    if start.config.inference.base_url is not None:
+        refuse_absent_server(start.config.inference.base_url)
     steps, run = stable_steps(start.tree.checkpoints), start.config.run
     if run.resume:
         otherwise = "Without --resume the run starts from its beginning"
@@ -191,6 +206,20 @@ def said_by(path: Path, pid: int) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("pid") == pid else None
 
 
+def refuse_absent_server(url: str) -> None:
+    """The server of inference.base_url must be there. Raises ConfigError."""
+    if not is_well(url):
+        raise ConfigError(f"inference.base_url: no inference server is well at {url}; start it, or leave base_url out")
+
+
+def is_well(url: str) -> bool:
+    """Whether an inference server says so, at this moment."""
+    try:
+        return httpx.get(f"{url.rstrip('/')}/health", timeout=HEALTH_SECONDS, trust_env=False).is_success
+    except (httpx.TransportError, httpx.InvalidURL):
+        return False
+
+
 def read_served(outputs: OutputTree) -> Served | None:
     """What `graftwork serve` says of itself; None when it never ran here. Raises Damaged."""
     path = outputs.serve_json
@@ -223,6 +252,8 @@ def write_trainer_toml(
     disk: Disk, outputs: OutputTree, config: RlConfig | ServeConfig, *, exit_when_done: bool
 ) -> Path:
     section = config.trainer.model_dump(exclude_none=True) | {"exit_when_done": exit_when_done}
+    if (share := trainer_share(config.model, config.trainer, config.inference)) is not None:
+        section["gpu_memory_fraction"] = share
     tables = {"model": config.model.model_dump(), "lora": config.lora.model_dump()}
     values = {**section, **tables, "output_dir": str(outputs.root)}
     path = outputs.logs / "trainer.toml"

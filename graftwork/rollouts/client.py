@@ -2,9 +2,12 @@
 
 It believes nothing: counts, lengths, types and the name of the adapter that answered are checked on every reply.
 
-vLLM must be started with `--logprobs-mode processed_logprobs`, or its log-probs leave out temperature and top-p. It
-gets no `seed` (with chunked prefill that kills its engine) and gets every sampling setting by name, as it takes the
-ones that are missing from the base's generation_config.json.
+What vLLM would do otherwise, in silence or by dying, and what keeps it from that here:
+- its log-probs leave out temperature and top-p, unless it is started with `--logprobs-mode processed_logprobs`
+- a `seed` together with chunked prefill kills its engine: it gets none
+- sampling settings that are missing come from the base's generation_config.json: it gets every one by name
+- a request for the bare base may be answered with an adapter (on CPU, once every place has held one; unloading does not
+  empty a place): it is asked for versions only
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import httpx
 from graftwork.config.schema import SamplingConfig
 from graftwork.errors import ConfigError, InferenceError, Refused, ServerGone
 from graftwork.rollouts.sampling import Completion
-from graftwork.store.queue import Version
+from graftwork.store.queue import VERSION_NAME, Version
 
 ATTEMPTS = 5
 BACKOFF_SECONDS = 0.1
@@ -55,8 +58,8 @@ class InferenceClient:
             raise ConfigError(f"inference_url = {url!r} is not a url; expected something like http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self.timeout_seconds = timeout_seconds
-        self.send_seed = True
-        """False for vLLM; `served_models` finds it out, after a restart too."""
+        self.is_vllm = False
+        """`served_models` finds it out, after a restart too."""
         # trust_env: a proxy that is set for downloads must not stand between two programs of ours.
         self._http = httpx.AsyncClient(trust_env=False, timeout=timeout_seconds)
 
@@ -72,13 +75,33 @@ class InferenceClient:
         self, model: str, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingConfig, seed: int
     ) -> list[Completion]:
         """`n` answers of `model` to each prompt, in one request; see `Sampler.complete`."""
+        self._refuse_base(model)
         payload: dict[str, Any] = {
             "model": model, "prompt": [list(prompt) for prompt in prompts], "n": n, "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "logprobs": 1, "return_token_ids": True,
         }  # fmt: skip
-        payload |= {"seed": seed} if self.send_seed else VLLM_DEFAULTS
+        payload |= VLLM_DEFAULTS if self.is_vllm else {"seed": seed}
         answer = await self._json("POST", "/v1/completions", payload)
         return read_completions(answer, model, prompts, n)
+
+    def _refuse_base(self, model: str) -> None:
+        if self.is_vllm and VERSION_NAME.fullmatch(model) is None:
+            raise Refused(
+                f"{self.url}: {model!r} is no version of a run, and vLLM is asked for nothing else: beside adapters it "
+                "may answer for the bare base with one of them"
+            )
+
+    async def next_tokens(self, model: str, prompt: Sequence[int], count: int) -> dict[int, float]:
+        """Log-probs of the `count` tokens that `model` finds likeliest to come next; asked of vLLM, by an ordinary
+        completion (prompt_logprobs beside requests with adapters kill its engine)."""
+        payload: dict[str, Any] = {
+            "model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 1.0, "top_p": 1.0,
+            "logprobs": count, "return_token_ids": True, "return_tokens_as_token_ids": True, **VLLM_DEFAULTS,
+        }  # fmt: skip
+        answer = await self._json("POST", "/v1/completions", payload)
+        read_completions(answer, model, [prompt], 1)
+        found = read_likeliest(answer["choices"][0], f"/v1/completions for {model}: choices[0]")
+        return dict(sorted(found.items(), key=lambda item: -item[1])[:count])  # the sampled token is given beyond them
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
@@ -96,7 +119,7 @@ class InferenceClient:
         answer = await self._json("GET", "/v1/models", None)
         cards = _field(answer, "data", list, "/v1/models")
         names = [_field(card, "id", str, "/v1/models: data[]") for card in cards]
-        self.send_seed = not any(card.get("owned_by") == "vllm" for card in cards)
+        self.is_vllm = any(card.get("owned_by") == "vllm" for card in cards)
         return names
 
     async def health(self, attempts: int = ATTEMPTS) -> None:
@@ -230,6 +253,19 @@ def _read_choice(choice: Any, prompt: Sequence[int], where: str, name: str, dige
     if echoed is not None and echoed != list(prompt):
         raise InferenceError(f"{where}.prompt_token_ids differ from the prompt that was sent")
     return Completion(tuple(token_ids), tuple(map(float, logprobs)), finish_reason, name, digest)
+
+
+def read_likeliest(choice: Any, where: str) -> dict[int, float]:
+    """Token id -> log-prob, of the first sampled token's alternatives. Raises InferenceError, naming the field."""
+    name = "logprobs.top_logprobs"
+    entries = _field(_field(choice, "logprobs", dict, where), "top_logprobs", list, f"{where}.logprobs")
+    try:
+        found = {int(token.removeprefix("token_id:")): float(value) for token, value in entries[0].items()}
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise InferenceError(f"{where}.{name}: {error}; expected a table of token_id:<id> and numbers") from None
+    if not found or not all(map(math.isfinite, found.values())):
+        raise InferenceError(f"{where}.{name} is {str(entries)[:100]}, expected finite numbers")
+    return found
 
 
 def _field(value: Any, name: str, kind: type[Any], where: str) -> Any:

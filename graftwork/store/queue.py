@@ -10,7 +10,8 @@ A batch is one folder, `rollouts/step_k/`, consumed by step k:
         offsets          [N+1] int64
         rewards, advantages            [N] float32
         prompt_index, sample_index     [N] int32
-    batch.json           run, step, temperature, versions (name, digest, digest_source)
+    batch.json           run, step, temperature, versions (name, digest, digest_source, and probe: what probing the
+                         server found, where only a claim vouches)
     orchestrator.json    the orchestrator's state after this batch; the trainer copies it into checkpoints
     STABLE               manifest; its sha256 is the batch's digest
 
@@ -77,6 +78,12 @@ class SampledVersion:
     name: str
     digest: str
     digest_source: DigestSource
+    probe: Mapping[str, Any] | None = None
+    """What probing the server found (rollouts/probe.py), where the engine cannot vouch."""
+
+    def to_json(self) -> dict[str, Any]:
+        said = {"name": self.name, "digest": self.digest, "digest_source": self.digest_source}
+        return said if self.probe is None else {**said, "probe": self.probe}
 
 
 @dataclass(frozen=True)
@@ -120,10 +127,10 @@ def publish_batch(disk: Disk, tree: RunTree, batch: Batch) -> str:
         "prompt_index": np.array([r.prompt_index for r in batch.rollouts], np.int32),
         "sample_index": np.array([r.sample_index for r in batch.rollouts], np.int32),
     }
-    versions = [{"name": v.name, "digest": v.digest, "digest_source": v.digest_source} for v in batch.versions]
+    said = [version.to_json() for version in batch.versions]
     with disk.publish_dir(tree.batch(batch.step), BATCH, facts) as staging:
         staging.write("batch.safetensors", save_safetensors(columns))
-        staging.write_json("batch.json", {**facts, "temperature": batch.temperature, "versions": versions})
+        staging.write_json("batch.json", {**facts, "temperature": batch.temperature, "versions": said})
         staging.write_json("orchestrator.json", batch.orchestrator_state)
     return staging.published.sha256
 
@@ -156,7 +163,8 @@ def read_batch(tree: RunTree, step: int, most: BatchSize | None = None) -> tuple
         columns = load_safetensors((folder / "batch.safetensors").read_bytes())
         state = read_json(folder / "orchestrator.json", "batch")
         versions = tuple(
-            SampledVersion(str(v["name"]), str(v["digest"]), v["digest_source"]) for v in about["versions"]
+            SampledVersion(str(v["name"]), str(v["digest"]), v["digest_source"], v.get("probe"))
+            for v in about["versions"]
         )
         if (about["run"], about["step"]) != (str(tree.id), step):
             raise BadBatch(f"{folder} is batch {about['step']} of run {about['run']}, expected {step} of {tree.id}")

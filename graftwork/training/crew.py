@@ -25,6 +25,7 @@ from graftwork.training.orders import (
     Idle,
     Learn,
     Order,
+    Probe,
     Quit,
     Read,
     Reduce,
@@ -37,6 +38,7 @@ from graftwork.training.orders import (
     encode_examples,
 )
 from graftwork.training.packer import Example
+from graftwork.training.probe import Distribution, Probes
 from graftwork.training.worker import Worker
 
 T = TypeVar("T")
@@ -92,6 +94,15 @@ class Crew:
         """The adapter as it is now."""
         order = Read(slot=one.slot)
         return self._order(order, lambda: self.worker.read(order))
+
+    def probe(self, one: Learner) -> Distribution:
+        """What the adapter says now after the probe's prompt."""
+        order = Probe(slot=one.slot)
+        return self._order(order, lambda: self.worker.probe(order))
+
+    def probes(self) -> Probes:
+        """For a run that begins."""
+        return Probes(self.worker.prober.prompt, self.worker.prober.bare)
 
     def save(
         self, one: Learner, checkpoints: Path, orchestrator_state: dict[str, Any] | None, facts: AdapterFacts

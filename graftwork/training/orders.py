@@ -71,6 +71,12 @@ class Read(OfSlot):
     kind: Literal["read"] = "read"
 
 
+class Probe(OfSlot):
+    """Ask the slot's adapter what it says after the probe's prompt."""
+
+    kind: Literal["probe"] = "probe"
+
+
 class Save(OfSlot):
     """Write one's part of a checkpoint into a hidden folder that rank 0 made, and report how it went."""
 
@@ -104,7 +110,7 @@ class Quit(Section):
     kind: Literal["quit"] = "quit"
 
 
-Order = Seat | Feed | BeginAgain | Learn | Reduce | Step | Read | Save | Vacate | Say | Idle | Quit
+Order = Seat | Feed | BeginAgain | Learn | Reduce | Step | Read | Probe | Save | Vacate | Say | Idle | Quit
 _ORDERS: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
 
 

@@ -54,6 +54,7 @@ class Tenant:
         self.retention = Retention(disk, tree, config, learner.state.step)
         self.pin = Pin(tree.root)
         self.folder_id = tree.folder_id()
+        self.probes = crew.probes()
         self.orchestrator_state: dict[str, Any] | None = None
         self.known: dict[int, list[str]] = {int(k): list(v) for k, v in learner.state.known_digests.items()}
         self.newest_checkpoint = 0
@@ -243,6 +244,8 @@ class Tenant:
         adapter, state = self.crew.adapter(self.learner), self.learner.state
         version = Version(self.tree.id, state.step, adapter.digest())
         files = peft_files(adapter, self.facts)
+        probe = self.probes.of(version.digest, self.crew.probe(self.learner))
+        files["probe.json"] = [json_line(probe).encode()]
         if state.step == 0:
             files["report.json"] = [json_line(state.start).encode()]
         facts = {"skipped": skipped, "base_fingerprint": state.base_fingerprint, "chain": state.cursor.chain}

@@ -31,6 +31,7 @@ from graftwork.training.orders import (
     Idle,
     Learn,
     Order,
+    Probe,
     Quit,
     Read,
     Reduce,
@@ -43,6 +44,7 @@ from graftwork.training.orders import (
     describe,
     order_from,
 )
+from graftwork.training.probe import Distribution, Prober
 from graftwork.training.start import open_start, prepare_for
 
 log = logging.getLogger(__name__)
@@ -76,12 +78,16 @@ def first_failure(texts: list[str | None]) -> str | None:
 
 @dataclass
 class Worker:
-    """`learners`: by slot."""
+    """`learners`: by slot. All ranks take part in making one."""
 
     base: BaseModel
     banks: Banks
     disk: Disk
     learners: dict[int, Learner] = field(default_factory=dict)
+    prober: Prober = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prober = Prober(self.base, self.banks.training)
 
     @property
     def ranks(self) -> Ranks:
@@ -120,6 +126,8 @@ class Worker:
                 self.step(order)
             case Read():
                 self.read(order)
+            case Probe():
+                self.probe(order)
             case Save():
                 self.save(order, Staging(self.disk, Path(order.folder)), None)
             case Vacate():
@@ -174,6 +182,9 @@ class Worker:
 
     def read(self, order: Read) -> Adapter:
         return self.learners[order.slot].adapter()
+
+    def probe(self, order: Probe) -> Distribution:
+        return self.prober.of_slot(order.slot)
 
     def save(
         self, order: Save, staging: Staging, shared: tuple[dict[str, Any] | None, AdapterFacts] | None

@@ -30,7 +30,7 @@ from graftwork.inference.engine import Engine
 from graftwork.inference.local import LocalSampler
 from graftwork.inference.server import build_app
 from graftwork.model.base import BaseModel, load_base
-from graftwork.programs.inference import listen
+from graftwork.programs.listening import listen
 from graftwork.rollouts.client import InferenceClient
 from graftwork.store.disk import Disk
 from graftwork.store.layout import RunId, RunTree

@@ -200,7 +200,7 @@ def test_what_is_not_finite_in_one_run_stays_in_it(
 
 @dataclass(frozen=True)
 class WatchedBase(BaseModel):
-    """counts: runs in each forward pass. refuse: forward passes that raise, by their slots."""
+    """counts: runs in each forward pass of micro-batches. refuse: those that raise, by their slots."""
 
     counts: list[int] = field(default_factory=list)
     refuse: Callable[[set[int]], bool] = lambda slots: False
@@ -208,6 +208,8 @@ class WatchedBase(BaseModel):
     def logprobs(
         self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, route: Route, asks: Sequence[Ask], chunk: int
     ) -> list[tuple[Tensor, Tensor]]:
+        if not torch.is_grad_enabled():  # a probe
+            return super().logprobs(tokens, positions, plan, route, asks, chunk)
         self.counts.append(len(route.segments))
         if self.refuse({segment.slot for segment in route.segments}):
             raise RuntimeError("refused")

@@ -124,4 +124,4 @@ def test_a_server_that_is_gone_or_silent_does_not_keep_it(tree: RunTree, monkeyp
             return []
 
     for client in (Gone(), Silent()):
-        asyncio.run(Serving(tree.id, client).leave_inference())  # type: ignore[arg-type]
+        asyncio.run(Serving(tree.id, client, 0.03).leave_inference())  # type: ignore[arg-type]
