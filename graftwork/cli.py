@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 a GraftworkError (one line on stderr, no traceback), 2 wro
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from graftwork import logs
 from graftwork.cli_adapter import (
     Alpha,
     Base,
@@ -63,24 +63,32 @@ Engine = Annotated[
 Ranks = Annotated[int | None, typer.Option(min=1, help="Processes of the trainer (trainer.ranks).")]
 
 
+def _choose_log_format(value: str | None) -> None:
+    if value is not None:
+        os.environ[logs.VARIABLE] = value
+        logs.set_up(anew=True)
+
+
+LogFormat = Annotated[
+    str | None,
+    typer.Option(
+        callback=_choose_log_format,
+        help="text, or json: one object a line. Also of what this starts. Default: $GRAFTWORK_LOG_FORMAT, or text.",
+    ),
+]
+
+
 def main() -> None:
     """Entry point of `graftwork` and of `python -m graftwork`."""
     for name, value in {**THREAD_ENVIRONMENT, "TOKENIZERS_PARALLELISM": "false"}.items():
         os.environ.setdefault(name, value)
     end_with_parent()
-    set_up_logging()
     try:
+        logs.set_up()
         app(prog_name="graftwork")
     except (GraftworkError, RankLost) as error:
-        print(f"error: {error}", file=sys.stderr)
+        logs.say_error(error)
         sys.exit(1)
-
-
-def set_up_logging() -> None:
-    """One place for every program: stderr, time, level, message."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for chatty in ("httpx", "httpcore", "asyncio", "matplotlib"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 @app.command(context_settings=SETTINGS)
@@ -89,6 +97,7 @@ def sft(
     file: File,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
     max_steps: Steps = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Fine-tune an adapter on right answers."""
     given = [*(["--resume", "true"] if resume else []), *(["--max_steps", str(max_steps)] if max_steps else [])]
@@ -107,6 +116,7 @@ def rl(
     max_steps: Steps = None,
     ranks: Ranks = None,
     inference: Engine = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Improve an adapter by reinforcement learning: starts inference, trainer and orchestrator, and watches them."""
     given = [*(["--run.max_steps", str(max_steps)] if max_steps else []), *_shortcuts(ranks, inference)]
@@ -123,7 +133,9 @@ def _shortcuts(ranks: int | None, engine: str | None) -> list[str]:
 
 
 @app.command(context_settings=SETTINGS)
-def serve(ctx: typer.Context, file: File, ranks: Ranks = None, inference: Engine = None) -> None:
+def serve(
+    ctx: typer.Context, file: File, ranks: Ranks = None, inference: Engine = None, log_format: LogFormat = None
+) -> None:
     """Keep a trainer and an inference server up for runs that come and go."""
     config = load(ServeConfig, _file(file), [*_shortcuts(ranks, inference), *ctx.args])
     from graftwork.programs import serve as program
@@ -142,6 +154,7 @@ def submit(
     file: File,
     id: Annotated[list[str], typer.Option("--id", help="Of the run. Repeatable: as many runs of the same settings.")],
     output_dir: AnyOutputDir = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Make runs of FILE's settings for a trainer that is up, and start their orchestrators."""
     given = [] if output_dir is None else ["--output_dir", output_dir]
@@ -169,6 +182,7 @@ def resume(
     output_dir: OutputDir = "outputs",
     max_steps: Annotated[int | None, typer.Option(min=1, help="A new last step. Default: as it was.")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Go back to this checkpoint. Default: the newest.")] = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Take runs on that were stopped, failed, were evicted, or are finished (with a higher --max-steps)."""
     from graftwork.programs import submit as program
@@ -177,7 +191,7 @@ def resume(
 
 
 @app.command(context_settings=SETTINGS)
-def trainer(ctx: typer.Context, file: File) -> None:
+def trainer(ctx: typer.Context, file: File, log_format: LogFormat = None) -> None:
     """Train every run in output_dir that has a control/orch.toml."""
     config = load(TrainerConfig, _file(file), ctx.args)
     from graftwork.programs import trainer as program
@@ -186,7 +200,7 @@ def trainer(ctx: typer.Context, file: File) -> None:
 
 
 @app.command(context_settings=SETTINGS)
-def inference(ctx: typer.Context, file: File) -> None:
+def inference(ctx: typer.Context, file: File, log_format: LogFormat = None) -> None:
     """Serve the base model and its adapters over HTTP (OpenAI-compatible)."""
     config = load(InferenceConfig, _file(file), ctx.args)
     if config.base_url is not None:
@@ -203,6 +217,7 @@ def inference(ctx: typer.Context, file: File) -> None:
 @app.command()
 def orchestrator(
     run_dir: Annotated[Path, typer.Argument(help="outputs/run_<id>, which holds control/orch.toml.")],
+    log_format: LogFormat = None,
 ) -> None:
     """Sample the batches of one run."""
     from graftwork.programs import orchestrator as program
@@ -271,6 +286,19 @@ def plot(
     from graftwork.programs import plot as program
 
     print(program.main(output_dir, runs, out))
+
+
+@app.command()
+def monitor(
+    runs: Logs,
+    to: Annotated[str, typer.Option(help="tensorboard, wandb (offline) or trackio (local).")],
+    output_dir: OutputDir = "outputs",
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the runs have ended, or Ctrl-C.")] = False,
+) -> None:
+    """Forward the metrics of runs to TensorBoard, W&B or trackio."""
+    from graftwork.programs import monitor as program
+
+    program.main(output_dir, runs, to, follow=follow)
 
 
 @app.command()

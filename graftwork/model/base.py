@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_default_handler, disable_progress_bar, enable_propagation
 
 from graftwork.adapters.prepare import SlotSpec
 from graftwork.config.schema import LoraConfig, ModelConfig
@@ -123,6 +123,8 @@ def load_base(model: ModelConfig, lora: LoraConfig, placement: Placement = ALONE
     _refuse_absent(model.path)
     attention.register()
     disable_progress_bar()
+    disable_default_handler()  # what transformers says goes where everything goes
+    enable_propagation()
     ranks = placement.ranks
     sharded = placement.sharded and ranks.size > 1
     device = pick_device(model.device)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+from graftwork.logs import say_error
+
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
@@ -104,8 +106,10 @@ class Watch:
             self._beat()
         who = blame(before, self._heard(), self.size, self.rank)
         waited = time.monotonic() - self.since
-        print(f"error: rank {self.rank} has been at {self.doing!r} for {waited:.0f} s (rank_timeout_seconds = "
-              f"{self.timeout_seconds:g}): {who}. The job ends", file=sys.stderr, flush=True)  # fmt: skip
+        say_error(
+            f"rank {self.rank} has been at {self.doing!r} for {waited:.0f} s (rank_timeout_seconds = "
+            f"{self.timeout_seconds:g}): {who}. The job ends"
+        )
         os._exit(1)
 
     def _heard(self) -> dict[int, Beat]:

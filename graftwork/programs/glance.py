@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from graftwork.config.load import digest, parse_toml
 from graftwork.config.schema import RunConfig
 from graftwork.errors import ConfigError, Damaged
+from graftwork.logs import plain_lines
 from graftwork.programs.orchestrators import is_alive, pid_in
 from graftwork.store.files import read_json
 from graftwork.store.layout import OutputTree, RunTree
@@ -27,7 +27,6 @@ from graftwork.store.status import Status, read_status
 LIVE_SECONDS = 15.0
 """A trainer whose liveness.json is older than this is not running, or as good as."""
 TAIL_BYTES = 64 * 1024
-ERROR_LINE = re.compile(r"^error: (.+)$", re.MULTILINE)
 DEFAULT_MAX_STEPS = int(RunConfig.model_fields["max_steps"].default)
 
 
@@ -170,8 +169,11 @@ def _why_no_orchestrator(tree: RunTree) -> str | None:
     if pid is not None and is_alive(pid):
         return None
     log = tree.logs / "orchestrator.log"
-    words = ERROR_LINE.findall(_tail(log).decode(errors="replace").rpartition("\n=== ")[2])
-    return f"no orchestrator of it runs on this machine{f'; its log ends: {words[-1]}' if words else ''}"
+    words = ""
+    for line in plain_lines(_tail(log).decode(errors="replace")):
+        if line.startswith(("=== ", "error: ")):  # the head of a start, and what it said at its end
+            words = line.removeprefix("error: ") if line.startswith("error: ") else ""
+    return f"no orchestrator of it runs on this machine{f'; its log ends: {words}' if words else ''}"
 
 
 def read_liveness(outputs: OutputTree) -> Liveness | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from graftwork.config.schema import InferenceConfig, InferenceSection, LoraConfi
 from graftwork.inference.engine import Engine
 from graftwork.inference.requests import EngineFault, GenerationRequest
 from graftwork.inference.server import build_app
+from graftwork.logs import say
 from graftwork.model.base import load_base
 from graftwork.programs.listening import listen, url_of
 from graftwork.rollouts.chat import ChatTokenizer
@@ -38,7 +40,7 @@ def main(config: InferenceConfig) -> None:
         def announce() -> None:
             if config.ready_file is not None:
                 Disk().publish_json(Path(config.ready_file), {"url": url, "pid": os.getpid()})
-            print(f"inference: serving {engine.base_name} on {url}", flush=True)
+            say(f"inference: serving {engine.base_name} on {url}", stream=sys.stdout)
 
         Server(engine, tokenizer, announce).run([listener])
         if engine.fault is not None:
@@ -62,13 +64,13 @@ def build_engine(model: ModelConfig, lora: LoraConfig, section: InferenceSection
 
 class Server(uvicorn.Server):
     """uvicorn, with three changes: it says when it listens, a signal ends it instead of killing it afterwards, and so
-    does a fault of the engine."""
+    does a fault of the engine. On asyncio's own loop and h11, whatever else happens to be installed."""
 
     def __init__(self, engine: Engine, tokenizer: ChatTokenizer, announce: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
-                build_app(engine, tokenizer), access_log=False, log_level="warning",
-                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+                build_app(engine, tokenizer), loop="asyncio", http="h11", ws="none", access_log=False,
+                log_config=None, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )  # fmt: skip
         self._announce, self._engine = announce, engine

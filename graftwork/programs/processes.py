@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from graftwork.errors import ProgramFailed
+from graftwork.logs import line, plain_lines, say_error
 
 COMMAND = (sys.executable, "-m", "graftwork")
 """Starts the command line. Tests hand in programs of their own."""
@@ -45,7 +46,8 @@ def end_with_parent() -> None:
     if not asked:
         threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
     if os.getppid() != int(parent):  # it died before we could ask
-        sys.exit("error: the program that started this one is gone")
+        say_error("the program that started this one is gone")
+        sys.exit(1)
 
 
 def _watch_parent(parent: int) -> None:
@@ -111,7 +113,7 @@ class Program:
         """Its last `error:` message, continuation lines included; without one, the last lines of the log."""
         with self.log.open("rb") as file:
             file.seek(self.log_start)
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = plain_lines(file.read().decode(errors="replace"))
         errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
         if errors:
             return lines[errors[-1] :][:LAST_WORDS_LINES]
@@ -137,7 +139,8 @@ def open_log(path: Path, title: str) -> tuple[int, int]:
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     start = os.fstat(descriptor).st_size
-    os.write(descriptor, f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {title} ===\n".encode())
+    header = line(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {title} ===")
+    os.write(descriptor, f"{header}\n".encode())
     return descriptor, start
 
 

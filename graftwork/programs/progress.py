@@ -1,8 +1,7 @@
-"""What a person sees while a run trains: a bar on a terminal, one plain line a step anywhere else."""
+"""What a person sees while a run trains: a bar on a terminal, one line a step anywhere else, and in JSON."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from graftwork.logs import is_json, say
 from graftwork.programs.orch_toml import status_of
 from graftwork.store.files import read_lines
 from graftwork.store.layout import RunTree
@@ -78,8 +78,9 @@ class ProgressView:
     said: str = ""
 
     def __post_init__(self) -> None:
+        draws = self.console.is_terminal and not is_json()
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.bar = Progress(*columns, console=self.console, auto_refresh=False) if draws else None
         self.task = self.bar.add_task("", total=self.max_steps) if self.bar else None
 
     def __enter__(self) -> ProgressView:
@@ -95,7 +96,10 @@ class ProgressView:
         """One line about what is going on; the same line twice in a row is shown once."""
         if message != self.said:
             self.said = message
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            if self.bar:
+                self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            else:
+                say(message)
 
     def begin(self, step: int) -> None:
         """The run starts (or goes on) from `step`: the clock of the first step runs from here."""
@@ -107,14 +111,15 @@ class ProgressView:
         step = int(row["step"])
         self.marks.append((time.monotonic(), step))
         left = self.seconds_left(step)
+        measure = "reward" if "reward" in row else "loss"
         text = (
-            f"reward {number(row, 'reward', '.3f')}  {number(row, 'tokens_per_second', ',.0f')} tokens/s"
+            f"{measure} {number(row, measure, '.3f')}  {number(row, 'tokens_per_second', ',.0f')} tokens/s"
             f"{f'  {clock(left)} left' if left is not None else ''}{'  skipped' if row.get('skipped') else ''}"
         )
         if self.bar:
             self._draw(step, text)
         else:
-            print(f"step {step}/{self.max_steps}  {text}", file=sys.stderr, flush=True)
+            say(f"step {step}/{self.max_steps}  {text}", row=row)
 
     def seconds_left(self, step: int) -> float | None:
         (first_time, first_step), (last_time, last_step) = self.marks[0], self.marks[-1]

@@ -15,6 +15,7 @@ from typing import Any
 
 from graftwork.config.schema import RlConfig
 from graftwork.errors import ProgramFailed
+from graftwork.logs import say
 from graftwork.programs.orch_toml import publish_orch_toml
 from graftwork.programs.processes import COMMAND, Interrupted, Programs, noted_signals
 from graftwork.programs.progress import ProgressView, RunWatch
@@ -51,7 +52,7 @@ def main(config: RlConfig, *, resume: bool, resume_step: int | None, command: Se
     except ProgramFailed as error:
         raise ProgramFailed(f"run {start.tree.id}: {error}\n  {what_next(start.tree)}") from None
     except Interrupted as stop:
-        print(f"stopped by {stop}; {what_next(start.tree)}", file=sys.stderr)
+        say(f"stopped by {stop}; {what_next(start.tree)}")
         sys.exit(128 + stop.number)
     draw(start)
     print("\n".join(last_lines(start, time.monotonic() - began)))
@@ -69,7 +70,7 @@ def wait_for_inference(start: Start, programs: Programs) -> str:
     """The URL of the inference server, once it answers."""
     if (url := start.config.inference.base_url) is not None:
         return url
-    print(f"run {start.tree.id}: inference and trainer load {start.config.model.path}", file=sys.stderr, flush=True)
+    say(f"run {start.tree.id}: inference and trainer load {start.config.model.path}")
     return str(_wait_for_own(start.ready_file, "inference", programs)["url"])
 
 

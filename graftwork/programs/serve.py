@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from graftwork import logs
 from graftwork.config.schema import ServeConfig
 from graftwork.errors import Damaged, ProgramFailed
 from graftwork.programs.news import News
@@ -88,7 +89,7 @@ def serve(keeper: Keeper) -> None:
 
 
 def say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+    logs.say(line if logs.is_json() else f"{time.strftime('%H:%M:%S')} {line}")
 
 
 # --- children ---------------------------------------------------------------------------------------------------------

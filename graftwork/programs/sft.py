@@ -18,6 +18,7 @@ from graftwork.config.schema import SftConfig
 from graftwork.errors import ConfigError
 from graftwork.model.base import BaseModel, load_base
 from graftwork.programs.plots import loss_png
+from graftwork.programs.progress import ProgressView
 from graftwork.programs.trainer import use_threads
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.store.checkpoint import save_checkpoint
@@ -42,14 +43,16 @@ def main(config: SftConfig) -> None:
     learner = start(disk, config, base)
     disk.cut_log(output / "metrics.jsonl", learner.state.step)
     log.info("sft: steps %d to %d on %s", learner.state.step + 1, config.max_steps, config.model.path)
-    while learner.state.step < config.max_steps:
-        examples = [example_of(tokenizer, messages) for messages in data(learner.state.step + 1)]
-        _refuse_long(examples, config, base)
-        row = one_step(learner, examples)
-        disk.append_line(output / "metrics.jsonl", json_line(row))
-        _say(row, config.max_steps)
-        if learner.state.step % config.checkpoint_interval_steps == 0 or learner.state.step == config.max_steps:
-            save(disk, output, learner, config)
+    with ProgressView(config.max_steps) as view:
+        view.begin(learner.state.step)
+        while learner.state.step < config.max_steps:
+            examples = [example_of(tokenizer, messages) for messages in data(learner.state.step + 1)]
+            _refuse_long(examples, config, base)
+            row = one_step(learner, examples)
+            disk.append_line(output / "metrics.jsonl", json_line(row))
+            view.show(row)
+            if learner.state.step % config.checkpoint_interval_steps == 0 or learner.state.step == config.max_steps:
+                save(disk, output, learner, config)
     export(disk, output / "adapter", learner, config)
     disk.publish_file(output / "loss.png", loss_png(read_lines(output / "metrics.jsonl")))
     log.info("sft: the adapter is in %s, the curve in %s", output / "adapter", output / "loss.png")
@@ -137,8 +140,3 @@ def _refuse_long(examples: Sequence[Example], config: SftConfig, base: BaseModel
         raise ConfigError(
             f"a conversation has {longest} tokens, at most {most} fit (tokens_per_micro_batch, positions)"
         )
-
-
-def _say(row: dict[str, Any], last: int) -> None:
-    if row["step"] in (1, last) or row["step"] % 10 == 0:
-        log.info("step %d/%d  loss %.4f  %.0f tokens/s", row["step"], last, row["loss"], row["tokens_per_second"])

@@ -6,7 +6,6 @@ Each command looks at all runs first and refuses before it writes anything.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TypeVar
 from graftwork.config.load import build
 from graftwork.config.schema import RunConfig, SubmitConfig
 from graftwork.errors import CannotResume, ConfigError, GraftworkError, ProgramFailed
+from graftwork.logs import say
 from graftwork.programs.glance import read_liveness, told
 from graftwork.programs.orch_toml import is_settled, publish_orch_toml, read_orch_toml, status_of
 from graftwork.programs.orchestrators import (
@@ -132,7 +132,7 @@ def warn(served: Served | None, run: RunConfig, outputs: OutputTree) -> None:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}")
 
 
 # --- stop -------------------------------------------------------------------------------------------------------------

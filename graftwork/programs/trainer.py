@@ -16,6 +16,7 @@ from threading import Event
 
 import torch
 
+from graftwork import logs
 from graftwork.config.schema import TrainerConfig
 from graftwork.errors import RankLost
 from graftwork.model.base import BaseModel, Placement, load_base, pick_device
@@ -95,20 +96,13 @@ def joined(config: TrainerConfig) -> Iterator[Ranks]:
     take_own_gpu(config.model.device)
     ranks = Ranks.of_torchrun(pick_device(config.model.device), seconds + 60)  # the watch comes first
     store = torchrun_store(timedelta(seconds=seconds))
-    sign_log(ranks)
+    logs.set_up(ranks.rank, anew=True)
     with Watch(ranks.rank, ranks.size, store, seconds) as watch:
         ranks.watch = watch
         try:
             yield ranks
         except RankLost as lost:
             raise RankLost(f"{watch.culprits()}. Rank {ranks.rank}: {lost}") from lost
-
-
-def sign_log(ranks: Ranks) -> None:
-    """All ranks write into one log. Of the others, only what went wrong."""
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {ranks.rank} %(levelname)s %(message)s"))
-        handler.setLevel(logging.INFO if ranks.leads else logging.WARNING)
 
 
 def take_own_gpu(device: str) -> None:

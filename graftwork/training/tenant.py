@@ -222,6 +222,7 @@ class Tenant:
         now = self.clock()
         row = metrics_row(work, outcome, sums, version, work.started - self.step_ended, now - self.step_ended, now)
         self.disk.append_line(self.tree.metrics_jsonl, json_line(row))
+        log.info("run %s: step %d of %d", self.tree.id, self.step, self.config.max_steps, extra={"row": row})
         self.step_ended = now
         if self.finished or self.step % self.config.checkpoint_interval_steps == 0:
             self.checkpoint()

@@ -18,8 +18,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "graftwork"
 LEVELS = {
-    "errors": -1, "config": 0, "store": 1, "adapters": 2, "rollouts": 2, "parallel": 2, "lora": 3, "model": 4,
-    "training": 5, "inference": 5, "programs": 6, "cli_adapter": 7, "cli": 8, "__main__": 9, "__init__": -2,
+    "errors": -2, "logs": -1, "config": 0, "store": 1, "adapters": 2, "rollouts": 2, "parallel": 2, "lora": 3,
+    "model": 4, "training": 5, "inference": 5, "programs": 6, "cli_adapter": 7, "cli": 8, "__main__": 9, "__init__": -3,
 }  # fmt: skip
 TORCH_FREE_ROOMS = ("config", "store", "rollouts")
 TORCH_FREE_PROGRAMS = tuple(f"graftwork.programs.{name}" for name in ("orchestrator", "rl", "serve", "submit", "runs"))
