@@ -57,6 +57,18 @@ class SamplingConfig(Section):
     """Softmax temperature; the trainer divides its logits by the same number."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus: the sampler's log-probs are those of the cut distribution."""
+    skip_equal_groups: bool = True
+    """Leave groups whose rewards are all equal out of the batch. They are counted, and stay in the reward curve."""
+    max_rounds: Positive = 1
+    """Rounds of sampling a batch, at most. Above 1: other tasks are sampled in place of groups that were left out."""
+
+    @model_validator(mode="after")
+    def _rounds_replace_something(self) -> SamplingConfig:
+        if self.max_rounds > 1 and not self.skip_equal_groups:
+            raise ValueError(
+                "max_rounds above 1 samples in place of groups that are left out: skip_equal_groups = true"
+            )
+        return self
 
 
 class AdapterConfig(Section):
@@ -170,7 +182,7 @@ class RunSection(Section):
     lag_steps: NotNegative = 0
     """Batch k is sampled from version k - 1 - lag_steps. 0 is lockstep: on-policy and reproducible end to end."""
     max_staleness_steps: NotNegative = 8
-    """A batch whose oldest token comes from a version older than k - 1 - this is set aside as stale."""
+    """Rollouts of batch k with a token from a version older than k - 1 - this are dropped; if all are, it is stale."""
     checkpoint_interval_steps: Positive = 10
     """A checkpoint every this many steps, and one at the end."""
     retention: RetentionConfig = RetentionConfig()
@@ -413,11 +425,23 @@ class SftDataConfig(Section):
     """Take prompts and right answers from an environment that has answers."""
     path: str | None = None
     """Or a JSONL file; each line holds {"messages": [{"role": ..., "content": ...}, ...]}."""
+    dataset: str | None = None
+    """Or what the package datasets reads (graftwork[datasets]): a local folder or file, or a hub id."""
+    split: str = "train"
+    """Of data.dataset."""
+    revision: str | None = None
+    """Of data.dataset on the hub: branch, tag or commit. Not given: the newest, which may change under a resume."""
+    messages_column: str = "messages"
+    """Of data.path or data.dataset: where the conversation is."""
 
     @model_validator(mode="after")
     def _one_source(self) -> SftDataConfig:
-        if self.path is not None and "environment" in self.model_fields_set:
-            raise ValueError("give data.environment or data.path, not both")
+        given = [name for name in ("environment", "path", "dataset") if getattr(self, name) is not None]
+        chosen = [name for name in given if name != "environment" or name in self.model_fields_set]
+        if len(chosen) > 1 or not given:
+            raise ValueError("give one of data.environment, data.path and data.dataset")
+        if self.dataset is None and self.model_fields_set & {"split", "revision"}:
+            raise ValueError("split and revision belong to data.dataset")
         return self
 
 

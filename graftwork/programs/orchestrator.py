@@ -33,8 +33,9 @@ from graftwork.programs.serving import Serving
 from graftwork.programs.warm_start import warm_start
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.client import InferenceClient
-from graftwork.rollouts.collect import Collected, Request, Source, collect
+from graftwork.rollouts.collect import Source
 from graftwork.rollouts.environment import Environment, load_environment
+from graftwork.rollouts.rounds import Gathered, gather
 from graftwork.store.disk import Disk
 from graftwork.store.files import is_stable, json_line, read_lines
 from graftwork.store.layout import RunTree
@@ -294,23 +295,23 @@ class Orchestrator:
     async def sample(self, step: int, published: Published) -> None:
         """Make batch `step` from a version, and publish it."""
         version = published.version
-        collected = await self.attended(self.play(step, published))
+        gathered = await self.attended(self.play(step, published))
+        self.refuse_failures(step, gathered)
         finding = self.serving.findings.get(version.name)
         probe = None if finding is None else asdict(finding)
-        sampled = SampledVersion(version.name, version.digest, collected.digest_source, probe)
-        self.refuse_failures(step, collected)
         batch = Batch(
             run=self.tree.id,
             step=step,
             temperature=self.config.sampling.temperature,
-            versions=(sampled,),
-            rollouts=collected.rollouts,
+            versions=(SampledVersion(version.name, version.digest, gathered.digest_source, probe),),
+            rollouts=gathered.rollouts,
             orchestrator_state={"next_step": step + 1, "seed": self.config.seed},
+            sampled=gathered.sampled,
         )
         self.look()  # a folder that was removed meanwhile must not come back because we write into it
         # Rows first: a batch that is there has its rows, and rows without a batch are cut at the next start.
         try:
-            self.write_samples(step, collected)
+            self.write_samples(step, gathered)
             publish_batch(self.disk, self.tree, batch)
         except OSError as error:
             raise StoreError(
@@ -318,26 +319,33 @@ class Orchestrator:
                 "resume the run"
             ) from error
         self.last_step = max(self.last_step, step)
+        told = gathered.sampled
         log.info(
-            "run %s: batch %d from %s: mean reward %.4f, %d rollouts (%d failed), %d tokens", self.tree.id, step,
-            version.name, collected.mean_reward, len(collected.rollouts), collected.failed, collected.sampled_tokens,
+            "run %s: batch %d from %s: mean reward %.4f, %d answers (%d failed), %d tokens; %d rollouts to learn from, "
+            "%d equal groups left out, rounds: %d", self.tree.id, step, version.name, told.reward_mean, told.answers,
+            told.failed, told.answer_tokens, len(gathered.rollouts), told.left_out_groups, told.rounds,
         )  # fmt: skip
+        if gathered.nothing_to_learn and self.config.sampling.skip_equal_groups:
+            log.warning(
+                "run %s: batch %d: in every group all answers earned the same; the groups of its first round are kept, "
+                "and the step will learn nothing from their rewards", self.tree.id, step,
+            )  # fmt: skip
 
-    def refuse_failures(self, step: int, collected: Collected) -> None:
-        share, limit = collected.failed / len(collected.rows), self.config.max_failed_share
-        if share > limit:
-            why = next(row["error"] for row in collected.rows if "error" in row)
+    def refuse_failures(self, step: int, gathered: Gathered) -> None:
+        failed, limit = gathered.sampled.failed, self.config.max_failed_share
+        if failed / len(gathered.rows) > limit:
+            why = next(row["error"] for row in gathered.rows if "error" in row)
             raise RunError(
-                f"run {self.tree.id}: {collected.failed} of {len(collected.rows)} rollouts of batch {step} failed, "
+                f"run {self.tree.id}: {failed} of {len(gathered.rows)} rollouts of batch {step} failed, "
                 f"more than max_failed_share = {limit:g} allows; the first: {why}. Mend the environment and resume"
             )
 
-    async def play(self, step: int, published: Published) -> Collected:
+    async def play(self, step: int, published: Published) -> Gathered:
         """The rollouts of batch `step`."""
         source = Source(published.version.name, published.version.digest)
-        request = Request.of_batch(str(self.tree.id), self.config.seed, step, self.config.sampling)
+        which = (str(self.tree.id), self.config.seed, step, self.config.sampling)
         return await self.serving.from_one_server(
-            published, f"batch {step}", lambda: collect(self.environment, self.tokenizer, self.client, source, request)
+            published, f"batch {step}", lambda: gather(self.environment, self.tokenizer, self.client, source, *which)
         )
 
     async def evaluate(self, published: Published) -> None:
@@ -348,9 +356,9 @@ class Orchestrator:
             lambda: self.evaluations.evaluate(self.environment, self.tokenizer, self.client, version),
         )  # fmt: skip
 
-    def write_samples(self, step: int, collected: Collected) -> None:
+    def write_samples(self, step: int, gathered: Gathered) -> None:
         path = self.tree.samples_jsonl
         if step <= self.last_step:  # a batch that is made again: its old rows were of answers that nobody learns from
             kept = [json_line(row) for row in read_lines(path) if row.get("step") != step]
             self.disk.publish_file(path, "".join(f"{line}\n" for line in kept).encode())
-        self.disk.append_line(path, "\n".join(json_line(row) for row in collected.rows))
+        self.disk.append_line(path, "\n".join(json_line(row) for row in gathered.rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -32,3 +34,15 @@ def group_advantages(rewards_PG: ArrayLike, group_size: int, *, run: object = "?
     shifted_P_G = grouped_P_G - grouped_P_G[:, :1]
     centred_P_G = shifted_P_G - shifted_P_G.mean(axis=1, keepdims=True)
     return centred_P_G.astype(np.float32).reshape(-1)
+
+
+def equal_groups(rewards: Iterable[tuple[int, float]]) -> set[int]:
+    """Prompts whose answers all earned the same, so that none of them teaches anything: too easy, or too hard.
+
+    rewards: (prompt_index, reward) of the answers that did not fail. Compared as float32, as advantages are made. One
+    answer alone has nothing to differ from.
+    """
+    different: dict[int, set[np.float32]] = {}
+    for prompt_index, reward in rewards:
+        different.setdefault(prompt_index, set()).add(np.float32(reward))
+    return {prompt_index for prompt_index, values in different.items() if len(values) == 1}

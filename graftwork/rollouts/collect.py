@@ -30,9 +30,8 @@ from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.environment import Answer, Environment, Message, Split
 from graftwork.rollouts.sampling import Completion, Sampler
 from graftwork.rollouts.wave import Call, Waves
-from graftwork.store.queue import DigestSource, Rollout
+from graftwork.store.queue import REWARD_MAX, DigestSource, Rollout
 
-REWARD_MAX = float(np.finfo(np.float32).max)
 ERROR_CHARACTERS = 500
 """What a row keeps of a failed rollout's error."""
 
@@ -47,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """Which tasks to play. Task p of the batch is task first_index + p of the split."""
+    """Which tasks to play. Task p is task first_index + p of the split. round: of the batch, see rollouts/rounds.py."""
 
     run: str
     seed: int
@@ -57,13 +56,22 @@ class Request:
     samples: int
     first_index: int
     sampling: SamplingConfig
+    round: int = 0
 
     @staticmethod
-    def of_batch(run: str, seed: int, step: int, sampling: SamplingConfig) -> Request:
-        """The training batch of `step` (from 1): every step has tasks of its own."""
-        prompts = sampling.prompts_per_step
-        first = (step - 1) * prompts
-        return Request(run, seed, step, "train", prompts, sampling.samples_per_prompt, first, sampling)
+    def of_batch(
+        run: str, seed: int, step: int, sampling: SamplingConfig, *, round: int = 0, prompts: int | None = None
+    ) -> Request:
+        """The first `prompts` (not given: all) of a round of the training batch of `step` (from 1): every step, and
+        every round of it, has tasks of its own."""
+        first = ((step - 1) * sampling.max_rounds + round) * sampling.prompts_per_step
+        prompts = sampling.prompts_per_step if prompts is None else prompts
+        return Request(run, seed, step, "train", prompts, sampling.samples_per_prompt, first, sampling, round)
+
+    @property
+    def key(self) -> str:
+        """What the seeds of its sampling are made from."""
+        return f"{self.seed} {self.split} {self.step}" + (f" round {self.round}" if self.round else "")
 
 
 @dataclass(frozen=True)
@@ -79,15 +87,6 @@ class Collected:
     @property
     def failed(self) -> int:
         return len(self.rows) - len(self.rollouts)
-
-    @property
-    def mean_reward(self) -> float:
-        """Over the rollouts that did not fail; NaN if all did."""
-        return math.fsum(r.reward for r in self.rollouts) / len(self.rollouts) if self.rollouts else math.nan
-
-    @property
-    def sampled_tokens(self) -> int:
-        return sum(int(r.loss_mask.sum()) for r in self.rollouts)
 
 
 @dataclass
@@ -164,11 +163,10 @@ async def collect(
     """Play the batch in lockstep waves. The same arguments give the same rollouts if the sampler is deterministic.
 
     Raises what the sampler raises; ConfigError for a template that refuses the messages; InferenceError if any answer
-    came from another adapter than `source`; RunError if every rollout failed.
+    came from another adapter than `source`; RunError if every rollout failed (of a later round, all may).
     """
-    key = f"{request.seed} {request.split} {request.step}"
     live = request.prompts * request.samples
-    waves = Waves(sampler, source.model, request.sampling, request.samples, key, live)
+    waves = Waves(sampler, source.model, request.sampling, request.samples, request.key, live)
     talks = [Conversation(tokenizer, waves, p, s) for p in range(request.prompts) for s in range(request.samples)]
     tasks = [asyncio.create_task(_play(environment, request, talk)) for talk in talks]
     try:
@@ -183,7 +181,7 @@ async def collect(
     if (fault := next((error for error in errors if isinstance(error, GraftworkError)), None)) is not None:
         raise fault
     played = [_outcome(talk, task) for talk, task in zip(talks, tasks, strict=True)]
-    if all(one.error is not None for one in played):
+    if request.round == 0 and all(one.error is not None for one in played):
         raise RunError(
             f"run {request.run}: all {len(played)} rollouts of step {request.step} failed; the first:"
             f" {played[0].error}; mend the environment and start again"

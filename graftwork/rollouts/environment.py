@@ -43,7 +43,10 @@ Split = Literal["train", "heldout"]
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | ..., "content": text}, as the chat template takes it."""
 
-BUILT_IN = {"reverse_text": "graftwork.rollouts.reverse_text:ReverseText"}
+BUILT_IN = {
+    "prompts": "graftwork.rollouts.prompts:Prompts",
+    "reverse_text": "graftwork.rollouts.reverse_text:ReverseText",
+}
 
 
 @dataclass(frozen=True)
@@ -138,18 +141,24 @@ def _factory(name: str) -> Callable[..., Any]:
                 " one of yours is named module:factory"
             )
         return _factory(BUILT_IN[name])
-    module_name, _, attribute = name.partition(":")
+    return named("environment", name)
+
+
+def named(what: str, name: str) -> Callable[..., Any]:
+    """The function or class `module:attribute`. `what` it is, for messages. Raises ConfigError."""
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(f"{what} {name!r}: expected module:function")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"environment {name!r}: cannot import {module_name!r} ({error})") from error
+        raise ConfigError(f"{what} {name!r}: cannot import {module_name!r} ({error})") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ConfigError(
-            f"environment {name!r}: {module_name} has no function or class {attribute!r}"
-            f"{_nearest(attribute, vars(module))}"
+            f"{what} {name!r}: {module_name} has no function or class {attribute!r}{_nearest(attribute, vars(module))}"
         )
     return factory
 

@@ -11,7 +11,8 @@ A batch is one folder, `rollouts/step_k/`, consumed by step k:
         rewards, advantages            [N] float32
         prompt_index, sample_index     [N] int32
     batch.json           run, step, temperature, versions (name, digest, digest_source, and probe: what probing the
-                         server found, where only a claim vouches)
+                         server found, where only a claim vouches), sampled (what was sampled for it, with what is not
+                         in it; absent in batches of older orchestrators)
     orchestrator.json    the orchestrator's state after this batch; the trainer copies it into checkpoints
     STABLE               manifest; its sha256 is the batch's digest
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,9 @@ BATCH_FILES = ("batch.json", "batch.safetensors", "orchestrator.json")
 JSON_BYTES_MAX = 16 * 2**20
 TOKEN_BYTES, ROLLOUT_BYTES, HEADER_BYTES_MAX = 13, 24, 2**20
 """Of batch.safetensors: a token's and a rollout's entries in all columns, and the header."""
+COUNT_MAX = 2**53
+REWARD_MAX = float(np.finfo(np.float32).max)
+"""A reward is at most this, either way; a count of what batch.json says was sampled at most COUNT_MAX."""
 VERSION_NAME = re.compile(r"(?P<run>[a-z0-9][a-z0-9_-]{0,62})@(?P<step>0|[1-9][0-9]{0,17})-(?P<digest8>[0-9a-f]{8})")
 
 DigestSource = Literal["engine", "claimed"]
@@ -101,8 +105,28 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """All that was sampled for a batch, also what was left out of it: a curve of its rewards shows the run as it is.
+
+    answers          answers that did not fail, at least one; reward_mean, reward_std and answer_tokens are of these
+    failed           answers that did
+    equal_groups     prompts whose answers all earned the same
+    left_out_groups  those of them that are not in the batch
+    """
+
+    rounds: int
+    answers: int
+    failed: int
+    equal_groups: int
+    left_out_groups: int
+    answer_tokens: int
+    reward_mean: float
+    reward_std: float
+
+
+@dataclass(frozen=True)
 class Batch:
-    """The rollouts that one step consumes."""
+    """The rollouts that one step consumes. sampled None: its maker did not say."""
 
     run: RunId
     step: int
@@ -110,6 +134,7 @@ class Batch:
     versions: tuple[SampledVersion, ...]
     rollouts: tuple[Rollout, ...]
     orchestrator_state: dict[str, Any]
+    sampled: Sampled | None = None
 
 
 def publish_batch(disk: Disk, tree: RunTree, batch: Batch) -> str:
@@ -130,7 +155,10 @@ def publish_batch(disk: Disk, tree: RunTree, batch: Batch) -> str:
     said = [version.to_json() for version in batch.versions]
     with disk.publish_dir(tree.batch(batch.step), BATCH, facts) as staging:
         staging.write("batch.safetensors", save_safetensors(columns))
-        staging.write_json("batch.json", {**facts, "temperature": batch.temperature, "versions": said})
+        about = {**facts, "temperature": batch.temperature, "versions": said}
+        if batch.sampled is not None:
+            about["sampled"] = asdict(batch.sampled)
+        staging.write_json("batch.json", about)
         staging.write_json("orchestrator.json", batch.orchestrator_state)
     return staging.published.sha256
 
@@ -173,11 +201,27 @@ def read_batch(tree: RunTree, step: int, most: BatchSize | None = None) -> tuple
         rollouts = _split(columns, len(versions), folder)
         if most is not None and len(rollouts) > most.rollouts:
             raise BadBatch(f"{folder} holds {len(rollouts)} rollouts, the run asks for {most.rollouts} at most")
-        return Batch(tree.id, step, float(about["temperature"]), versions, rollouts, state), manifest.sha256
+        batch = Batch(tree.id, step, float(about["temperature"]), versions, rollouts, state, _sampled(about, folder))
+        return batch, manifest.sha256
     except Damaged as error:
         raise BadBatch(f"run {tree.id}: batch {step} is damaged: {error}") from None
     except (LookupError, TypeError, ValueError, OverflowError, OSError, SafetensorError) as error:
         raise BadBatch(f"run {tree.id}: {folder} is not a batch ({type(error).__name__}: {error})") from None
+
+
+def _sampled(about: Any, folder: Path) -> Sampled | None:
+    """Raises BadBatch: what is no finite number, or below 0, would go into the run's metrics."""
+    if (given := about.get("sampled")) is None:
+        return None
+    for field in fields(Sampled):
+        value = given[field.name]
+        least = -REWARD_MAX if field.name == "reward_mean" else 1 if field.name in ("rounds", "answers") else 0
+        is_number = type(value) is int or (type(value) is float and field.type == "float")
+        if not is_number or not least <= value <= (REWARD_MAX if field.type == "float" else COUNT_MAX):
+            raise BadBatch(
+                f"{folder / 'batch.json'}: sampled.{field.name} is {value!r}, expected {field.type} >= {least}"
+            )
+    return Sampled(**{field.name: given[field.name] for field in fields(Sampled)})
 
 
 def _refuse_too_large(folder: Path, step: int, most: BatchSize | None) -> None:

@@ -26,15 +26,33 @@ class BatchLimits:
     known_digests: Mapping[int, Sequence[str]]
 
 
-def examples_of(batch: Batch, limits: BatchLimits) -> list[Example]:
-    """Raises BadBatch or StaleBatch, naming run, batch and rollout, and what was expected and found."""
+def examples_of(batch: Batch, limits: BatchLimits) -> tuple[list[Example], int]:
+    """The rollouts that are fresh enough, and how many were dropped because a token of theirs is not.
+
+    A rollout may cross versions: each token keeps the log-prob of the version that sampled it. Raises BadBatch or
+    StaleBatch (no rollout is left), naming run, batch and rollout, and what was expected and found.
+    """
     if batch.temperature != limits.temperature:
         raise _bad(batch, f"sampled at temperature {batch.temperature}, the run's is {limits.temperature}")
-    _check_versions(batch, limits)
-    return [_example(batch, index, rollout, limits) for index, rollout in enumerate(batch.rollouts)]
+    steps = _steps_of_versions(batch, limits)
+    oldest = batch.step - 1 - limits.max_staleness_steps
+    fresh = [all(step >= oldest for step in _steps_of(rollout, steps)) for rollout in batch.rollouts]
+    if not any(fresh):
+        found = min(step for rollout in batch.rollouts for step in _steps_of(rollout, steps))
+        raise StaleBatch(
+            f"run {batch.run}: batch {batch.step} was sampled from step {found}; the oldest allowed is {oldest}, and "
+            "every rollout has older tokens. The batch is set aside and another is awaited"
+        )
+    examples = [_example(batch, index, rollout, limits) for index, rollout in enumerate(batch.rollouts)]
+    return [example for example, is_fresh in zip(examples, fresh, strict=True) if is_fresh], fresh.count(False)
 
 
-def _check_versions(batch: Batch, limits: BatchLimits) -> None:
+def _steps_of_versions(batch: Batch, limits: BatchLimits) -> list[int]:
+    """The step of each version that the batch lists. Raises BadBatch.
+
+    The digests of versions that are too old are not known any more; their rollouts are dropped, whatever they are.
+    """
+    steps = []
     for version in batch.versions:
         try:
             run, step, digest8 = parse_version_name(version.name)
@@ -42,13 +60,16 @@ def _check_versions(batch: Batch, limits: BatchLimits) -> None:
             raise _bad(batch, str(error)) from None
         if run != batch.run or not version.digest.startswith(digest8):
             raise _bad(batch, f"version {version.name} (digest {version.digest[:8]}) is not one of this run's")
-        if step < batch.step - 1 - limits.max_staleness_steps:
-            raise StaleBatch(
-                f"run {batch.run}: batch {batch.step} was sampled from step {step}; the oldest allowed is "
-                f"{batch.step - 1 - limits.max_staleness_steps}. The batch is set aside and another is awaited"
-            )
-        if version.digest not in limits.known_digests.get(step, ()):
+        is_fresh = step >= batch.step - 1 - limits.max_staleness_steps
+        if is_fresh and version.digest not in limits.known_digests.get(step, ()):
             raise _bad(batch, f"sampled from {version.name}, a digest that the trainer never published for step {step}")
+        steps.append(step)
+    return steps
+
+
+def _steps_of(rollout: Rollout, steps: Sequence[int]) -> set[int]:
+    """The steps of the versions that sampled its tokens."""
+    return {steps[index] for index in np.unique(rollout.version_index[rollout.loss_mask])}
 
 
 def _example(batch: Batch, index: int, rollout: Rollout, limits: BatchLimits) -> Example:

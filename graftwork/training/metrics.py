@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftwork.store.queue import Batch, Rollout, Version
+from graftwork.rollouts.advantages import equal_groups
+from graftwork.store.queue import Batch, Sampled, Version
 from graftwork.training.learner import Sums
 from graftwork.training.optim import StepOutcome
 
 
 @dataclass
 class Work:
-    """A batch that is being learnt. alone: no micro-batch is shared with other runs. compute_seconds: spent on its
-    micro-batches so far."""
+    """A batch that is being learnt.
+
+    stale_rollouts   those that were dropped, with a token from too old a version
+    alone            no micro-batch is shared with other runs
+    compute_seconds  spent on its micro-batches so far
+    """
 
     batch: Batch
     digest: str
     started: float
+    stale_rollouts: int = 0
     alone: bool = False
     compute_seconds: float = 0.0
 
@@ -27,14 +32,14 @@ def metrics_row(
     work: Work, outcome: StepOutcome, sums: Sums, version: Version, batch_wait_seconds: float, step_seconds: float,
     now: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """batch_wait_seconds: from the end of the last step until the batch was there. step_seconds: between the steps."""
-    rewards = [rollout.reward for rollout in work.batch.rollouts]
-    mean = sum(rewards) / len(rewards)
+    """reward, equal_groups, answer_tokens_mean: of all that was sampled, what the batch left out included.
+    batch_wait_seconds: from the end of the last step until the batch was there. step_seconds: between the steps."""
+    sampled = work.batch.sampled or sampled_of(work.batch)
     means = sums.means()
     return {
         "step": version.step,
-        "reward": mean,
-        "reward_std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
+        "reward": sampled.reward_mean,
+        "reward_std": sampled.reward_std,
         "loss": sums.loss,
         "kl": means.get("kl"),
         "entropy": means["entropy"],
@@ -43,11 +48,16 @@ def metrics_row(
         "mismatch_mean": means["mismatch"],
         "mismatch_max": sums.mismatch_max,
         "truncated": means["truncated"],
-        "equal_groups": equal_groups(work.batch.rollouts),
-        "rollouts": len(rewards),
+        "equal_groups": sampled.equal_groups,
+        "left_out_groups": sampled.left_out_groups,
+        "rounds": sampled.rounds,
+        "answers": sampled.answers,
+        "failed": sampled.failed,
+        "rollouts": len(work.batch.rollouts) - work.stale_rollouts,
+        "stale_rollouts": work.stale_rollouts,
         "tokens": sums.tokens,
         "loss_tokens": sums.loss_tokens,
-        "answer_tokens_mean": sums.loss_tokens / len(rewards),
+        "answer_tokens_mean": sampled.answer_tokens / sampled.answers,
         "skipped": outcome.skipped,
         "version": version.name,
         "batch": work.digest,
@@ -58,9 +68,17 @@ def metrics_row(
     }
 
 
-def equal_groups(rollouts: Sequence[Rollout]) -> int:
-    """Prompts whose answers all earned the same, so that none of them teaches anything: too easy, or too hard."""
-    rewards: dict[int, set[float]] = {}
-    for rollout in rollouts:
-        rewards.setdefault(rollout.prompt_index, set()).add(rollout.reward)
-    return sum(len(different) == 1 for different in rewards.values())
+def sampled_of(batch: Batch) -> Sampled:
+    """Where the batch does not say what was sampled for it: what is in it."""
+    rewards = [rollout.reward for rollout in batch.rollouts]
+    mean = sum(rewards) / len(rewards)
+    return Sampled(
+        rounds=1,
+        answers=len(rewards),
+        failed=0,
+        equal_groups=len(equal_groups((rollout.prompt_index, rollout.reward) for rollout in batch.rollouts)),
+        left_out_groups=0,
+        answer_tokens=sum(int(rollout.loss_mask.sum()) for rollout in batch.rollouts),
+        reward_mean=mean,
+        reward_std=(sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from graftwork.config.schema import SftConfig
 from graftwork.errors import ConfigError
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.environment import HasAnswers, Message, load_environment
+from graftwork.rollouts.rows import Row, dataset_rows, jsonl_rows, messages_of
 from graftwork.training.packer import Example
 
 Conversations = Callable[[int], Sequence[Sequence[Message]]]
@@ -21,8 +21,11 @@ Conversations = Callable[[int], Sequence[Sequence[Message]]]
 
 def conversations(config: SftConfig) -> Conversations:
     """Raises ConfigError when the source is absent, malformed or has no answers."""
-    if config.data.path is not None:
-        return _from_file(Path(config.data.path), config.seed, config.batch_size)
+    data = config.data
+    if data.path is not None:
+        return _from_rows(jsonl_rows(Path(data.path)), config)
+    if data.dataset is not None:
+        return _from_rows(dataset_rows(data.dataset, data.split, data.revision), config)
     assert config.data.environment is not None
     return _from_environment(config)
 
@@ -42,35 +45,24 @@ def _from_environment(config: SftConfig) -> Conversations:
     return at
 
 
-def _from_file(path: Path, seed: int, batch_size: int) -> Conversations:
-    rows = _read(path)
+def _from_rows(rows: Sequence[Row], config: SftConfig) -> Conversations:
+    """Every row once an epoch, in an order drawn by (seed, epoch). Raises ConfigError, naming the row."""
+    talks, size = [_talk(row, config.data.messages_column) for row in rows], config.batch_size
 
     def at(step: int) -> list[list[Message]]:
-        indices = range((step - 1) * batch_size, step * batch_size)
-        epochs = {i // len(rows) for i in indices}
-        order = {epoch: np.random.default_rng([seed, epoch]).permutation(len(rows)) for epoch in epochs}
-        return [rows[order[i // len(rows)][i % len(rows)]] for i in indices]
+        indices = range((step - 1) * size, step * size)
+        epochs = {i // len(talks) for i in indices}
+        order = {epoch: np.random.default_rng([config.seed, epoch]).permutation(len(talks)) for epoch in epochs}
+        return [talks[order[i // len(talks)][i % len(talks)]] for i in indices]
 
     return at
 
 
-def _read(path: Path) -> list[list[Message]]:
-    """Raises ConfigError, naming file and line."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.path: cannot read {path}: {error}") from None
-    rows: list[list[Message]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            messages = json.loads(line)["messages"]
-            rows.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = '{"messages": [{"role": ..., "content": ...}, ...]}'
-            raise ConfigError(f"{path}, line {number}: expected {wanted} ({type(error).__name__}: {error})") from None
-    if not rows:
-        raise ConfigError(f"data.path: {path} holds no conversation")
-    return rows
+def _talk(row: Row, column: str) -> list[Message]:
+    messages = messages_of(row, column)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ConfigError(f"{row.where}: no message of {column} is the assistant's, so there is nothing to learn")
+    return messages
 
 
 def example_of(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> Example:

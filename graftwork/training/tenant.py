@@ -177,7 +177,7 @@ class Tenant:
             if found is None:
                 return None
             batch, digest = found
-            examples = examples_of(batch, self._limits())
+            examples, stale_rollouts = examples_of(batch, self._limits())
         except StaleBatch as stale:
             self.disk.quarantine(self.tree.batch(step), self.tree.trash)
             self.say("active", reason=as_reason(stale))
@@ -186,7 +186,7 @@ class Tenant:
             self._set_aside(step)
             raise
         self.crew.feed(self.learner, examples)
-        return Work(batch, digest, self.clock())
+        return Work(batch, digest, self.clock(), stale_rollouts)
 
     def _set_aside(self, step: int) -> None:
         """A batch that is at fault: a resume must not meet it again. That this cannot be done is said, but the batch's

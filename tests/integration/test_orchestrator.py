@@ -61,15 +61,19 @@ def test_a_lockstep_run_writes_each_batch_from_the_version_before_it(tmp_path, b
     tree, trainer, server = whole_run(tmp_path / "a", base)
     assert [step for step, _ in trainer.seen] == [1, 2, 3, 4]
     assert sorted(p.name for p in tree.rollouts.iterdir()) == ["step_1", "step_2", "step_3", "step_4"]
+    rows = read_lines(tree.samples_jsonl)
+    assert any(row.get("left_out") for row in rows) and not all(row.get("left_out") for row in rows)
     for step in range(1, 5):
         batch, _ = read_batch(tree, step)
         assert [v.name for v in batch.versions] == [trainer.versions[step - 1]]
         assert batch.versions[0].digest_source == "engine"
         assert batch.orchestrator_state == {"next_step": step + 1, "seed": 0}
-        assert [(r.prompt_index, r.sample_index) for r in batch.rollouts] == [(p, s) for p in range(3) for s in (0, 1)]
+        kept = [row["prompt_index"] for row in rows if row["step"] == step and not row.get("left_out")]
+        assert [(r.prompt_index, r.sample_index) for r in batch.rollouts] == [(p, s) for p in kept[::2] for s in (0, 1)]
+        assert batch.sampled.answers == 6 and batch.sampled.left_out_groups == 3 - len(kept) // 2
+        assert batch.sampled.reward_mean == pytest.approx(np.mean([r["reward"] for r in rows if r["step"] == step]))
         for first, second in zip(batch.rollouts[::2], batch.rollouts[1::2], strict=True):
             assert first.advantage + second.advantage == pytest.approx(0, abs=1e-6)
-    rows = read_lines(tree.samples_jsonl)
     assert [row["step"] for row in rows] == [step for step in range(1, 5) for _ in range(6)]
     assert rows[0]["prompt"].startswith("reverse: ")
     assert rows[0]["version"] == trainer.versions[0]

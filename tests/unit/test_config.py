@@ -60,6 +60,7 @@ def test_numbers_that_fp32_cannot_work_with_are_refused(values: dict) -> None:
         ({"lag_steps": 9}, "lag_steps is above max_staleness_steps"),
         ({"optimizer": {"schedule": "linear"}}, "decay_steps belongs to"),
         ({"loss": {"normaliser": "constant"}}, "constant_tokens belongs to"),
+        ({"sampling": {"max_rounds": 2, "skip_equal_groups": False}}, "skip_equal_groups = true"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(values: dict, says: str) -> None:

@@ -13,6 +13,7 @@ from graftwork.store.disk import Disk
 from graftwork.store.layout import RunId, RunTree
 from graftwork.store.queue import (
     Published,
+    Sampled,
     Version,
     parse_version_name,
     publish_batch,
@@ -52,6 +53,29 @@ def test_equal_batches_have_equal_bytes(tree: RunTree, tmp_path: Path) -> None:
     batch = random_batch(RUN, 5, published(tree))
     other = RunTree.at(tmp_path / "elsewhere" / "run_a")
     assert publish_batch(Disk(), tree, batch) == publish_batch(Disk(), other, batch)
+
+
+SAMPLED = Sampled(2, 12, 1, 3, 2, 90, 0.25, 0.5)
+
+
+def test_what_was_sampled_travels_with_a_batch_and_may_be_absent(tree: RunTree) -> None:
+    publish_batch(Disk(), tree, replace(random_batch(RUN, 5, published(tree)), sampled=SAMPLED))
+    publish_batch(Disk(), tree, random_batch(RUN, 6, published(tree)))
+    told, older = read_batch(tree, 5), read_batch(tree, 6)
+    assert told is not None and told[0].sampled == SAMPLED
+    assert older is not None and older[0].sampled is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reward_mean", -1e39), ("reward_std", -0.5), ("reward_std", 1e39), ("answers", 0), ("answers", True),
+     ("failed", -1), ("equal_groups", 1.5), ("answer_tokens", 10**30), ("rounds", "2")],
+)  # fmt: skip
+def test_what_metrics_cannot_hold_is_refused(tree: RunTree, name: str, value: object) -> None:
+    wrong = replace(SAMPLED, **{name: value})  # type: ignore[arg-type]
+    publish_batch(Disk(), tree, replace(random_batch(RUN, 5, published(tree)), sampled=wrong))
+    with pytest.raises(BadBatch, match=rf"sampled\.{name} is"):
+        read_batch(tree, 5)
 
 
 def test_a_batch_that_is_not_there_yet_is_none(tree: RunTree) -> None:
