@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,16 @@ import numpy as np
 import pytest
 from test_orchestrator_fakes import FakeServer, FakeTrainer, make_base, make_run
 
-from graftwork.errors import Busy, ConfigError, InferenceError, ProgramFailed, Refused, RunError, ServerGone
+from graftwork.errors import (
+    Busy,
+    ConfigError,
+    InferenceError,
+    ProgramFailed,
+    Refused,
+    RunError,
+    ServerGone,
+    StoreError,
+)
 from graftwork.programs import orchestrator, serving, warm_start
 from graftwork.rollouts.client import InferenceClient
 from graftwork.store.disk import Disk
@@ -183,6 +193,23 @@ def test_a_server_without_digests_claims_and_gets_no_seed(tmp_path, base):
     assert version.digest_source == "claimed"
     assert version.digest.startswith(version.name[-8:])
     assert not any("seed" in request for request in server.requests)
+    assert version.probe is not None and version.probe["outcome"] == "verified"
+
+
+def test_a_disk_that_is_full_ends_it_with_the_reason_and_a_resume_goes_on(tmp_path, base, server, monkeypatch):
+    tree = make_run(tmp_path, base, server.url)
+
+    def append(self, path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Disk, "append", append)
+    with FakeTrainer(tree):
+        with pytest.raises(StoreError, match=r"run tiny: batch 1 cannot be written .*No space left.* resume the run"):
+            orchestrator.main(tree.root)
+        assert not tree.batch(1).exists()
+        monkeypatch.undo()
+        orchestrator.main(tree.root)
+    assert read_batch(tree, 4) is not None
 
 
 def test_what_an_earlier_orchestrator_left_in_inference_is_unloaded(tmp_path, base, server):

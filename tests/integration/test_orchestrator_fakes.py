@@ -173,6 +173,8 @@ class FakeServer:
             return 200, {}
         if path == "/v1/unload_lora_adapter":
             return (200, {}) if self.adapters.pop(name, None) else (404, {})
+        if body["max_tokens"] == 1 and body["logprobs"] > 1:
+            return 200, self.probed(body)
         self.requests.append(body)
         number = len(self.requests)
         if number in self.die_at:
@@ -190,6 +192,12 @@ class FakeServer:
             return 404, {"error": {"message": f"no model {name}"}}
         return 200, self.complete(body)
 
+    def probed(self, body: dict[str, Any]) -> dict[str, Any]:
+        found = {f"token_id:{70 + i}": value for i, value in enumerate(likely(self.adapters[body["model"]]))}
+        logprobs = {"token_logprobs": [-1.0], "top_logprobs": [found]}
+        choice = {"index": 0, "token_ids": [70], "logprobs": logprobs, "finish_reason": "length"}
+        return {"model": body["model"], "choices": [choice]}
+
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         held = self.adapters[body["model"]]
         choices = []
@@ -206,6 +214,12 @@ class FakeServer:
             told = "0" * 64 if self.wrong_digest else held
             answer["graftwork"] = {"version": self.answer_as or body["model"], "digest": told}
         return answer
+
+
+def likely(digest: str) -> list[float]:
+    """Log-probs of tokens 70 to 77 after the probe's prompt, under the adapter of this digest."""
+    rng = random.Random(digest)
+    return [-1 - 5 * rng.random() for _ in range(8)]
 
 
 @dataclass
@@ -246,7 +260,10 @@ class FakeTrainer:
         chain = [batch[1] for s in range(1, step + 1) if (batch := read_batch(self.tree, s))]
         data = json.dumps(["weights", step, *chain]).encode()
         version = Version(RunId("tiny"), step, hashlib.sha256(data).hexdigest())
-        publish_version(self.disk, self.tree, version, {ADAPTER: data, "adapter_config.json": b"{}"}, {})
+        lists = {"version": likely(version.digest), "previous": None, "base": likely("base")}
+        probe = json.dumps({"prompt": [70, 71], "tokens": list(range(70, 78)), **lists}).encode()
+        files = {ADAPTER: data, "adapter_config.json": b"{}", "probe.json": probe}
+        publish_version(self.disk, self.tree, version, files, {})
         self.versions.append(version.name)
 
     def work(self) -> None:
