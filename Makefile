@@ -1,4 +1,5 @@
-# Every target uses .venv, which the first one that needs it sets up. Nothing is installed outside it.
+# Every target uses .venv, which the first one that needs it sets up; test-verifiers has one of its own, as the package
+# verifiers is heavy. Nothing is installed outside them.
 #
 #   make demo    the story of examples/reverse_text, from nothing to a resumed run; writes outputs/demo/report.json
 #   make test    everything but the slow tests
@@ -8,8 +9,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
+VERIFIERS := .venv-verifiers
 
-.PHONY: help demo demo-smollm2 test test-vllm test-all check proof-main proof-adapters proof-tenants proof-sharded clean
+.PHONY: help demo demo-smollm2 test test-vllm test-verifiers test-all check proof-main proof-adapters proof-tenants proof-sharded clean
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
@@ -17,6 +19,7 @@ help:
 	@echo "make test            all tests but the slow ones"
 	@echo "make test-vllm       the real vLLM (CPU build, 2.5 GB, in an environment of its own) as the engine"
 	@echo "make test-all        the slow ones too"
+	@echo "make test-verifiers  tests with the package verifiers, in .venv-verifiers (98 packages)"
 	@echo "make check           ruff and mypy"
 	@echo "make proof-main      kill and resume at full size; writes proof/main.json"
 	@echo "make proof-adapters  imports against PEFT, hostile files, cost; writes proof/adapters.json"
@@ -61,6 +64,14 @@ test-vllm: $(STAMP) $(VLLM)/.installed
 test-all: $(STAMP) test-vllm
 	$(RUN) -m pytest $(TEST_ARGS)
 
+$(VERIFIERS)/.installed: pyproject.toml constraints.txt constraints-verifiers.txt
+	$(PYTHON) -m venv $(VERIFIERS)
+	$(VERIFIERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-verifiers.txt -e '.[dev,verifiers]'
+	@touch $@
+
+test-verifiers: $(VERIFIERS)/.installed
+	$(VERIFIERS)/bin/python -m pytest tests/with_verifiers $(TEST_ARGS)
+
 check: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
@@ -78,5 +89,5 @@ proof-sharded: $(STAMP)
 	$(RUN) -m proofs.sharded $(PROOF_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	rm -rf $(VENV) $(VLLM) $(VERIFIERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+VERIFIERS = "verifiers:"
+"""What the names of the environments of the package verifiers begin with."""
 ALL_LINEAR = ("all-linear",)
 """Every linear layer of the base but its head, and its experts."""
 
@@ -41,9 +43,26 @@ class ModelConfig(Section):
 
 class EnvironmentConfig(Section):
     name: str = "reverse_text"
-    """A built-in environment, or `module:factory` of yours."""
+    """A built-in environment, `module:factory` of yours, or `verifiers:module` for one of the package verifiers."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the environment's factory as keyword arguments."""
+    """Passed to the environment's factory as keyword arguments; of a verifiers environment, its [env] table."""
+    timeout_seconds: PositiveFloat | None = None
+    """Longest time that one rollout may take before it has failed. Waiting for the model counts in a verifiers
+    environment, and not in others, whose rollouts wait for one another. Not given: no limit."""
+    max_concurrent: Positive = 64
+    """Rollouts that are played at the same time. Of verifiers environments only: others play a whole batch together."""
+    max_branches: Positive = 8
+    """Sequences that one rollout may become, where its conversation branches; one that has more has failed. Of
+    verifiers environments only: a rollout of others is always one sequence."""
+
+    @property
+    def is_verifiers(self) -> bool:
+        return self.name.startswith(VERIFIERS)
+
+    @property
+    def sequences_max(self) -> int:
+        """Most sequences that a rollout can be in a batch."""
+        return self.max_branches if self.is_verifiers else 1
 
 
 class SamplingConfig(Section):

@@ -6,15 +6,17 @@ listed here is unknown, and refused too.
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from graftwork.inference.engine import ServedModel
-from graftwork.inference.requests import BadRequest, Choice, GenerationRequest, GenerationResult
+from graftwork.inference.requests import BadRequest, Choice, GenerationRequest, GenerationResult, WrongDigest
 
 
 class Tokenizer(Protocol):
@@ -162,6 +164,9 @@ class SamplingParams(_Sampling):
     max_tokens: Annotated[int, defaulted(16)] = 16
     logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
     prompt_logprobs: Unsupported = None
+    stop_token_ids: list[int] | None = None
+    """Ids that end an answer here in any case; others are refused (`refuse_other_stops`)."""
+    routed_experts_prompt_start: int | None = None  # of what is not returned here: routed experts
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     detokenize: bool | None = None
@@ -183,7 +188,30 @@ class GenerateBody(_Body):
     kv_transfer_params: Unsupported = None
 
     def request(self) -> GenerationRequest:
-        return self.sampling_params.request_to(self.model, [self.token_ids], self.sampling_params.max_tokens)
+        request = self.sampling_params.request_to(self.model, [self.token_ids], self.sampling_params.max_tokens)
+        return request if request.seed is None else replace(request, seed=prompt_seed(request.seed, self.token_ids))
+
+
+def prompt_seed(seed: int, token_ids: Sequence[int]) -> int:
+    """The seed of a generate request. A client that plays a conversation sends one seed with every turn; what is drawn
+    in a turn must not depend on what was drawn in an earlier one, so the tokens that are read count too."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {list(token_ids)}".encode()).digest()[:8]) >> 1
+
+
+def refuse_other_stops(stop_token_ids: Sequence[int] | None, eos_token_ids: Sequence[int]) -> None:
+    """Raises BadRequest for a stop token that is not an end token of this engine's."""
+    if others := [token for token in stop_token_ids or () if token not in eos_token_ids]:
+        raise BadRequest(
+            f"stop_token_ids: {others} do not end an answer of the embedded engine, only {list(eos_token_ids)} do;"
+            " leave them out",
+            "stop_token_ids",
+        )
+
+
+def refuse_other_digest(if_match: str | None, result: GenerationResult) -> None:
+    """Raises WrongDigest when the header If-Match names another digest than that of the adapter that was used."""
+    if if_match is not None and (wanted := if_match.strip().strip('"')) != result.digest:
+        raise WrongDigest(f"{result.version} has digest {result.digest} here, If-Match asks for {wanted}")
 
 
 class LoadBody(_Body):

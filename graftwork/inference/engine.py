@@ -79,6 +79,7 @@ class Engine:
         max_sequences: int = 512, max_model_len: int = 1024, decode: Decode | None = None,
     ) -> None:  # fmt: skip
         self._base = base
+        self.eos_token_ids = tuple(eos_token_ids)
         self.limits = Limits(base.vocab_size, min(max_model_len, base.max_positions), decode is not None)
         bank = base.new_bank(max_adapters, gradients=False)
         self._shelf = Shelf(bank, name)

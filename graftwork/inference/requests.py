@@ -32,6 +32,10 @@ class UnknownModel(Refused):
     """The request names a model or adapter that is not loaded (HTTP 404)."""
 
 
+class WrongDigest(Refused):
+    """The request wants another adapter than the one that its name stands for here (HTTP 412)."""
+
+
 class EngineFault(InferenceError):
     """The engine failed, or is closed; the request was not at fault (HTTP 500)."""
 

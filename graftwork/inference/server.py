@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from graftwork.errors import AdapterError, ConfigError, GraftworkError, StoreError
 from graftwork.inference import api
 from graftwork.inference.engine import Engine
-from graftwork.inference.requests import BadRequest, EngineFault, GenerationResult, UnknownModel
+from graftwork.inference.requests import BadRequest, EngineFault, GenerationResult, UnknownModel, WrongDigest
 
 GONE_POLL_SECONDS = 0.5  # how often a request that waits looks whether its client is still there
 CLIENT_GONE = 499
@@ -33,6 +33,7 @@ class Ending(EngineFault):
 STATUS: tuple[tuple[type[GraftworkError], int, str], ...] = (
     (UnknownModel, 404, "NotFoundError"),
     (BadRequest, 400, "BadRequestError"),
+    (WrongDigest, 412, "PreconditionFailedError"),
     (AdapterError, 400, "BadRequestError"),
     (StoreError, 400, "BadRequestError"),
     (ConfigError, 400, "BadRequestError"),  # of the chat template: it refuses these messages
@@ -65,7 +66,9 @@ def _add_sampling(app: FastAPI, engine: Engine, tokenizer: api.Tokenizer) -> Non
 
     @app.post("/inference/v1/generate")
     async def generate(body: api.GenerateBody, request: Request) -> Response:
+        api.refuse_other_stops(body.sampling_params.stop_token_ids, engine.eos_token_ids)
         result = await _answered(engine.submit(body.request()), request)
+        api.refuse_other_digest(request.headers.get("if-match"), result)
         return JSONResponse(api.generate_answer(body, result))
 
 

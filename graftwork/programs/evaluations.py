@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from graftwork.config.schema import RunConfig
 from graftwork.rollouts.chat import ChatTokenizer
-from graftwork.rollouts.collect import Source, evaluate
+from graftwork.rollouts.collect import PlaysBatches, Source, evaluate
 from graftwork.rollouts.environment import Environment
 from graftwork.rollouts.sampling import Sampler
 from graftwork.store.disk import Disk
@@ -41,12 +41,13 @@ class Evaluations:
         return first or step % interval == 0 or step == self.config.max_steps
 
     async def evaluate(
-        self, environment: Environment, tokenizer: ChatTokenizer, sampler: Sampler, version: Version
+        self, environment: Environment | PlaysBatches, tokenizer: ChatTokenizer, sampler: Sampler, version: Version
     ) -> None:
         """Evaluate a version that the sampler serves, and add its line. Raises as `collect`."""
         found = await evaluate(
             environment, tokenizer, sampler, Source(version.name, version.digest),
             n_prompts=self.config.evaluation.prompts, seed=self.config.seed, sampling=self.config.sampling,
+            timeout_seconds=self.config.environment.timeout_seconds,
         )  # fmt: skip
         row = {
             "step": version.step, "reward": found.mean_reward, "prompts": self.config.evaluation.prompts,

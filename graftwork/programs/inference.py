@@ -24,6 +24,7 @@ from graftwork.programs.listening import listen, url_of
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.store.disk import Disk
 
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection: who is about to ask must not find it shut
 SHUTDOWN_SECONDS = 3  # what requests under way are given when the server is told to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -71,6 +72,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 build_app(engine, tokenizer), loop="asyncio", http="h11", ws="none", access_log=False,
                 log_config=None, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )  # fmt: skip
         self._announce, self._engine = announce, engine

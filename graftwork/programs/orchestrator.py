@@ -33,9 +33,10 @@ from graftwork.programs.serving import Serving
 from graftwork.programs.warm_start import warm_start
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.client import InferenceClient
-from graftwork.rollouts.collect import Source
-from graftwork.rollouts.environment import Environment, load_environment
+from graftwork.rollouts.collect import PlaysBatches, Source
+from graftwork.rollouts.environment import Environment
 from graftwork.rollouts.rounds import Gathered, gather
+from graftwork.rollouts.verifiers import environment_of
 from graftwork.store.disk import Disk
 from graftwork.store.files import is_stable, json_line, read_lines
 from graftwork.store.layout import RunTree
@@ -86,7 +87,7 @@ async def _main(run_dir: Path) -> None:
         )
     claim = disk.claim(tree.orchestrator_lock, f"the orchestrator of run {tree.id}")
     try:
-        environment = load_environment(config.environment.name, config.environment.options)
+        environment = environment_of(config.environment)
         tokenizer = ChatTokenizer.load(config.model.path)
         await warm_start(tree, config)
         async with InferenceClient(config.inference_url, config.request_timeout_seconds) as client:
@@ -126,7 +127,7 @@ class Orchestrator:
     config: RunConfig
     orch_digest: str
     disk: Disk
-    environment: Environment
+    environment: Environment | PlaysBatches
     tokenizer: ChatTokenizer
     client: InferenceClient
     last_step: int = 0
@@ -343,7 +344,8 @@ class Orchestrator:
     async def play(self, step: int, published: Published) -> Gathered:
         """The rollouts of batch `step`."""
         source = Source(published.version.name, published.version.digest)
-        which = (str(self.tree.id), self.config.seed, step, self.config.sampling)
+        limit = self.config.environment.timeout_seconds
+        which = (str(self.tree.id), self.config.seed, step, self.config.sampling, limit)
         return await self.serving.from_one_server(
             published, f"batch {step}", lambda: gather(self.environment, self.tokenizer, self.client, source, *which)
         )

@@ -122,6 +122,21 @@ class InferenceClient:
         self.is_vllm = any(card.get("owned_by") == "vllm" for card in cards)
         return names
 
+    async def lists_digest(self, name: str, digest: str | None) -> bool:
+        """Whether the server says which tensors it holds under `name`, and they are those: then it also heeds
+        If-Match. Raises InferenceError when it holds others."""
+        answer = await self._json("GET", "/v1/models", None)
+        cards = _field(answer, "data", list, "/v1/models")
+        held = next((card.get("digest") for card in cards if card.get("id") == name), None)
+        if digest is None or held is None:
+            return False
+        if held != digest:
+            raise InferenceError(
+                f"the engine's {name} has digest {held}, published was {digest}; nothing was sampled. Restart the"
+                " inference server"
+            )
+        return True
+
     async def health(self, attempts: int = ATTEMPTS) -> None:
         """Returns if the server answers that it is well."""
         await self._call("GET", "/health", None, QUICK_SECONDS, attempts=attempts)

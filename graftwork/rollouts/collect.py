@@ -6,10 +6,10 @@ What a rollout holds: the tokens of the first prompt, then for every turn the sa
 template's tokens up to the next answer (`ChatTokenizer.continuation`). Sampled tokens have loss_mask 1, a log-prob and
 version_index 0 (a batch comes from one version); all others have 0, 0.0 and -1.
 
-A rollout whose environment raises (or earns a reward that is no finite number, or asks nothing) has failed. It is
-data: it has a row with its error, a reward of null and an advantage of 0; it is not among the rollouts that are trained
-on, and the others of its group are centred on their own mean. A fault of the sampler or of the configuration is none
-of its doing and ends the batch: any GraftworkError is raised.
+A rollout whose environment raises (or earns a reward that is no finite number, or asks nothing, or takes longer than
+`timeout_seconds`) has failed. It is data: it has a row with its error, a reward of null and an advantage of 0; it is
+not among the rollouts that are trained on, and the others of its group are centred on their own mean. A fault of the
+sampler or of the configuration is none of its doing and ends the batch: any GraftworkError is raised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -57,16 +57,20 @@ class Request:
     first_index: int
     sampling: SamplingConfig
     round: int = 0
+    timeout_seconds: float | None = None
+    """Longest time that a rollout may take beside the model's answers."""
 
     @staticmethod
     def of_batch(
-        run: str, seed: int, step: int, sampling: SamplingConfig, *, round: int = 0, prompts: int | None = None
-    ) -> Request:
+        run: str, seed: int, step: int, sampling: SamplingConfig, *, round: int = 0, prompts: int | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Request:  # fmt: skip
         """The first `prompts` (not given: all) of a round of the training batch of `step` (from 1): every step, and
         every round of it, has tasks of its own."""
         first = ((step - 1) * sampling.max_rounds + round) * sampling.prompts_per_step
         prompts = sampling.prompts_per_step if prompts is None else prompts
-        return Request(run, seed, step, "train", prompts, sampling.samples_per_prompt, first, sampling, round)
+        samples = sampling.samples_per_prompt
+        return Request(run, seed, step, "train", prompts, samples, first, sampling, round, timeout_seconds)
 
     @property
     def key(self) -> str:
@@ -77,7 +81,7 @@ class Request:
 @dataclass(frozen=True)
 class Collected:
     rollouts: tuple[Rollout, ...]
-    """Those that did not fail, in order of (prompt, sample)."""
+    """The sequences of those that did not fail, in order of (prompt, sample): one each, or more where it branched."""
     rows: list[dict[str, Any]]
     """One a rollout, failed ones too: a line of samples.jsonl (docs/design.md)."""
     digest_source: DigestSource
@@ -86,7 +90,7 @@ class Collected:
 
     @property
     def failed(self) -> int:
-        return len(self.rows) - len(self.rollouts)
+        return sum("error" in row for row in self.rows)
 
 
 @dataclass
@@ -103,6 +107,8 @@ class Conversation:
     """[T]; None for tokens that were not sampled."""
     completions: list[Completion] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    clock: asyncio.Timeout | None = None
+    """Runs while the environment is at work; stopped while it waits for the model, whose waves wait for all."""
     _asking: bool = False
 
     async def ask(self, messages: Sequence[Message]) -> Answer:
@@ -110,13 +116,23 @@ class Conversation:
         if self._asking or not messages:
             raise ValueError("ask the policy one question at a time, with at least one new message")
         self._asking = True
+        left = self._stop_clock()
         try:
             prompt_tokens = self._prompt_tokens(messages)
             read = (*self.token_ids, *prompt_tokens)
             completion = await self.waves.ask(Call(self.prompt_index, self.sample_index, read))
         finally:
             self._asking = False
+            if left is not None and self.clock is not None and not self.clock.expired():
+                self.clock.reschedule(asyncio.get_running_loop().time() + left)
         return self._hold(messages, prompt_tokens, completion)
+
+    def _stop_clock(self) -> float | None:
+        """The seconds that the environment has left; None where it may take any time."""
+        if self.clock is None or self.clock.expired() or (ends := self.clock.when()) is None:
+            return None
+        self.clock.reschedule(None)
+        return ends - asyncio.get_running_loop().time()
 
     def _prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """What the template writes between what is held and the next answer."""
@@ -134,9 +150,9 @@ class Conversation:
         self.answers.append(answer)
         return answer
 
-    def rollout(self, reward: float, advantage: float) -> Rollout:
+    def rollouts(self, reward: float, advantage: float) -> tuple[Rollout, ...]:
         sampled = np.array([p is not None for p in self.logprobs], np.bool_)
-        return Rollout(
+        rollout = Rollout(
             prompt_index=self.prompt_index,
             sample_index=self.sample_index,
             token_ids=np.array(self.token_ids, np.int32),
@@ -146,25 +162,88 @@ class Conversation:
             reward=reward,
             advantage=advantage,
         )
+        return (rollout,)
+
+
+class Talk(Protocol):
+    """What was said in a rollout that has ended."""
+
+    @property
+    def prompt_index(self) -> int: ...
+    @property
+    def sample_index(self) -> int: ...
+    @property
+    def messages(self) -> Sequence[Message]: ...
+    @property
+    def answers(self) -> Sequence[Answer]: ...
+
+    def rollouts(self, reward: float, advantage: float) -> tuple[Rollout, ...]:
+        """Its sequences, each with the reward and the advantage of the whole."""
+        ...
 
 
 @dataclass(frozen=True)
-class _Played:
+class Played:
     """A rollout that has ended, well (`error` is None) or not."""
 
-    talk: Conversation
+    talk: Talk
     reward: float
     error: str | None
 
 
+@runtime_checkable
+class PlaysBatches(Protocol):
+    """An environment that samples by itself, at the server, instead of asking a `Policy`."""
+
+    async def play(
+        self, tokenizer: ChatTokenizer, sampler: Sampler, source: Source, request: Request
+    ) -> tuple[list[Played], DigestSource]:
+        """All P * G rollouts, in order of (prompt, sample), and who vouches that `source` was the sampler. Raises as
+        `collect`."""
+        ...
+
+
 async def collect(
-    environment: Environment, tokenizer: ChatTokenizer, sampler: Sampler, source: Source, request: Request
+    environment: Environment | PlaysBatches,
+    tokenizer: ChatTokenizer,
+    sampler: Sampler,
+    source: Source,
+    request: Request,
 ) -> Collected:
-    """Play the batch in lockstep waves. The same arguments give the same rollouts if the sampler is deterministic.
+    """Play the batch, in lockstep waves where the environment asks a `Policy`: the same arguments then give the same
+    rollouts if the sampler is deterministic.
 
     Raises what the sampler raises; ConfigError for a template that refuses the messages; InferenceError if any answer
     came from another adapter than `source`; RunError if every rollout failed (of a later round, all may).
     """
+    waves = 0
+    if isinstance(environment, PlaysBatches):
+        played, digest_source = await environment.play(tokenizer, sampler, source, request)
+    else:
+        played, digest_source, waves = await _play_waves(environment, tokenizer, sampler, source, request)
+    if request.round == 0 and all(one.error is not None for one in played):
+        raise RunError(
+            f"run {request.run}: all {len(played)} rollouts of step {request.step} failed; the first:"
+            f" {played[0].error}; mend the environment and start again"
+        )
+    advantages = _advantages(played, request.run)
+    return Collected(
+        rollouts=tuple(
+            rollout
+            for one, advantage in zip(played, advantages, strict=True)
+            if one.error is None
+            for rollout in one.talk.rollouts(one.reward, advantage)
+        ),
+        rows=[_row(one, a, request, source, digest_source) for one, a in zip(played, advantages, strict=True)],
+        digest_source=digest_source,
+        waves=waves,
+    )
+
+
+async def _play_waves(
+    environment: Environment, tokenizer: ChatTokenizer, sampler: Sampler, source: Source, request: Request
+) -> tuple[list[Played], DigestSource, int]:
+    """(what became of every rollout, who vouches for the source, waves sent)"""
     live = request.prompts * request.samples
     waves = Waves(sampler, source.model, request.sampling, request.samples, request.key, live)
     talks = [Conversation(tokenizer, waves, p, s) for p in range(request.prompts) for s in range(request.samples)]
@@ -181,48 +260,39 @@ async def collect(
     if (fault := next((error for error in errors if isinstance(error, GraftworkError)), None)) is not None:
         raise fault
     played = [_outcome(talk, task) for talk, task in zip(talks, tasks, strict=True)]
-    if request.round == 0 and all(one.error is not None for one in played):
-        raise RunError(
-            f"run {request.run}: all {len(played)} rollouts of step {request.step} failed; the first:"
-            f" {played[0].error}; mend the environment and start again"
-        )
-    digest_source = check_source((c for talk in talks for c in talk.completions), source)
-    advantages = _advantages(played, request.run)
-    return Collected(
-        rollouts=tuple(
-            one.talk.rollout(one.reward, advantage)
-            for one, advantage in zip(played, advantages, strict=True)
-            if one.error is None
-        ),
-        rows=[_row(one, a, request, source, digest_source) for one, a in zip(played, advantages, strict=True)],
-        digest_source=digest_source,
-        waves=waves.count,
-    )
+    return played, check_source((c for talk in talks for c in talk.completions), source), waves.count
 
 
 async def _play(environment: Environment, request: Request, talk: Conversation) -> float:
     try:
-        task = environment.task(request.seed, request.first_index + talk.prompt_index, request.split)
-        return await environment.run(task, talk)
+        async with asyncio.timeout(request.timeout_seconds) as talk.clock:
+            task = environment.task(request.seed, request.first_index + talk.prompt_index, request.split)
+            return await environment.run(task, talk)
     finally:
         talk.waves.leave()
 
 
-def _outcome(talk: Conversation, task: asyncio.Task[float]) -> _Played:
+def _outcome(talk: Conversation, task: asyncio.Task[float]) -> Played:
     """What became of a rollout that has ended."""
     if task.cancelled():
-        return _Played(talk, math.nan, "the environment cancelled itself")
+        return Played(talk, math.nan, "the environment cancelled itself")
     if (error := task.exception()) is not None:
-        return _Played(talk, math.nan, f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS])
-    reward = task.result()
+        if isinstance(error, TimeoutError) and talk.clock is not None and talk.clock.expired():
+            return Played(talk, math.nan, "it took longer than environment.timeout_seconds allows")
+        return Played(talk, math.nan, f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS])
+    return outcome(talk, task.result())
+
+
+def outcome(talk: Talk, reward: float | None) -> Played:
+    """What became of a rollout that ended with a reward: it may be none."""
     if not isinstance(reward, (int, float, np.floating)) or not abs(reward) <= REWARD_MAX:
-        return _Played(talk, math.nan, f"the reward {reward!r} is not a finite number")
+        return Played(talk, math.nan, f"the reward {reward!r} is not a finite number")
     if not talk.answers:
-        return _Played(talk, math.nan, "the environment asked nothing")
-    return _Played(talk, float(reward), None)
+        return Played(talk, math.nan, "the environment asked nothing")
+    return Played(talk, float(reward), None)
 
 
-def _advantages(played: list[_Played], run: str) -> list[float]:
+def _advantages(played: list[Played], run: str) -> list[float]:
     """[P*G]; centred within the rollouts of a prompt that did not fail, 0 for those that did."""
     advantages: list[float] = []
     for _, members in groupby(played, key=lambda one: one.talk.prompt_index):
@@ -256,7 +326,7 @@ def check_source(completions: Any, source: Source) -> DigestSource:
 
 
 def _row(
-    one: _Played, advantage: float, request: Request, source: Source, digest_source: DigestSource
+    one: Played, advantage: float, request: Request, source: Source, digest_source: DigestSource
 ) -> dict[str, Any]:
     """A line of samples.jsonl. Conversations of several turns add `turns`, failed rollouts `error`."""
     talk = one.talk
@@ -289,7 +359,7 @@ class Evaluation:
 
 
 async def evaluate(
-    environment: Environment,
+    environment: Environment | PlaysBatches,
     tokenizer: ChatTokenizer,
     sampler: Sampler,
     source: Source,
@@ -298,9 +368,10 @@ async def evaluate(
     seed: int,
     sampling: SamplingConfig,
     step: int = 0,
+    timeout_seconds: float | None = None,
 ) -> Evaluation:
     """The mean reward of one answer to each of the first `n_prompts` held-out tasks. Raises as `collect`."""
-    request = Request("evaluation", seed, step, "heldout", n_prompts, 1, 0, sampling)
+    request = Request("evaluation", seed, step, "heldout", n_prompts, 1, 0, sampling, timeout_seconds=timeout_seconds)
     collected = await collect(environment, tokenizer, sampler, source, request)
-    mean = math.fsum(rollout.reward for rollout in collected.rollouts) / n_prompts
+    mean = math.fsum(row["reward"] for row in collected.rows if "error" not in row) / n_prompts
     return Evaluation(mean, collected.failed, collected.rows)

@@ -21,6 +21,9 @@ A game of two turns:
 
 An environment of one question inherits `SingleTurn` and writes `score` in place of `run`.
 
+`environment.timeout_seconds` bounds what `run` takes by itself; the time that it waits for the model does not count. It
+is told at its next `await`: code that never awaits cannot be interrupted.
+
 What `run` (or `task`) raises fails that one rollout: it is recorded with its error and left out of training. An
 environment that wants to end the run instead raises a GraftworkError.
 """
@@ -37,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from graftwork.config.schema import VERIFIERS
 from graftwork.errors import ConfigError
 
 Split = Literal["train", "heldout"]
@@ -134,6 +138,11 @@ def load_environment(name: str, options: Mapping[str, Any]) -> Environment:
 
 
 def _factory(name: str) -> Callable[..., Any]:
+    if name.startswith(VERIFIERS):
+        raise ConfigError(
+            f"environment {name!r} is one of the package verifiers: it can be [run.environment], but it has no answers"
+            " to learn from and no tasks to ask for; give data.path instead"
+        )
     if ":" not in name:
         if name not in BUILT_IN:
             raise ConfigError(
@@ -149,8 +158,7 @@ def named(what: str, name: str) -> Callable[..., Any]:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(f"{what} {name!r}: expected module:function")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    see_working_directory()
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
@@ -161,6 +169,12 @@ def named(what: str, name: str) -> Callable[..., Any]:
             f"{what} {name!r}: {module_name} has no function or class {attribute!r}{_nearest(attribute, vars(module))}"
         )
     return factory
+
+
+def see_working_directory() -> None:
+    """Modules of the working directory can be imported."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
 
 
 def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from graftwork.config.schema import SamplingConfig
 from graftwork.rollouts.advantages import equal_groups
 from graftwork.rollouts.chat import ChatTokenizer
-from graftwork.rollouts.collect import Collected, Request, Source, collect
+from graftwork.rollouts.collect import Collected, PlaysBatches, Request, Source, collect
 from graftwork.rollouts.environment import Environment
 from graftwork.rollouts.sampling import Sampler
 from graftwork.store.queue import DigestSource, Rollout, Sampled
@@ -43,14 +43,16 @@ class Gathered:
 
 
 async def gather(
-    environment: Environment, tokenizer: ChatTokenizer, sampler: Sampler, source: Source, run: str, seed: int,
-    step: int, sampling: SamplingConfig,
+    environment: Environment | PlaysBatches, tokenizer: ChatTokenizer, sampler: Sampler, source: Source, run: str,
+    seed: int, step: int, sampling: SamplingConfig, timeout_seconds: float | None = None,
 ) -> Gathered:  # fmt: skip
     """The training batch of `step`. Raises as `collect`."""
     rounds: list[Collected] = []
     missing = sampling.prompts_per_step
     while missing and len(rounds) < sampling.max_rounds:
-        request = Request.of_batch(run, seed, step, sampling, round=len(rounds), prompts=missing)
+        request = Request.of_batch(
+            run, seed, step, sampling, round=len(rounds), prompts=missing, timeout_seconds=timeout_seconds
+        )
         played = await collect(environment, tokenizer, sampler, source, request)
         rounds.append(_numbered(played, len(rounds) * sampling.prompts_per_step))
         missing -= len(_prompts(played.rollouts) - _equal(played.rows))

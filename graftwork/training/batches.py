@@ -43,7 +43,12 @@ def examples_of(batch: Batch, limits: BatchLimits) -> tuple[list[Example], int]:
             f"run {batch.run}: batch {batch.step} was sampled from step {found}; the oldest allowed is {oldest}, and "
             "every rollout has older tokens. The batch is set aside and another is awaited"
         )
-    examples = [_example(batch, index, rollout, limits) for index, rollout in enumerate(batch.rollouts)]
+    numbers: dict[tuple[int, int], int] = {}
+    samples = [numbers.setdefault((r.prompt_index, r.sample_index), len(numbers)) for r in batch.rollouts]
+    examples = [
+        _example(batch, index, rollout, limits, sample)
+        for index, (rollout, sample) in enumerate(zip(batch.rollouts, samples, strict=True))
+    ]
     return [example for example, is_fresh in zip(examples, fresh, strict=True) if is_fresh], fresh.count(False)
 
 
@@ -72,7 +77,7 @@ def _steps_of(rollout: Rollout, steps: Sequence[int]) -> set[int]:
     return {steps[index] for index in np.unique(rollout.version_index[rollout.loss_mask])}
 
 
-def _example(batch: Batch, index: int, rollout: Rollout, limits: BatchLimits) -> Example:
+def _example(batch: Batch, index: int, rollout: Rollout, limits: BatchLimits, sample: int) -> Example:
     length, mask = len(rollout.token_ids), rollout.loss_mask
     if length > limits.max_tokens:
         raise _bad(batch, f"rollout {index} has {length} tokens, at most {limits.max_tokens} fit")
@@ -88,7 +93,7 @@ def _example(batch: Batch, index: int, rollout: Rollout, limits: BatchLimits) ->
         raise _bad(
             batch, f"rollout {index}: advantage {rollout.advantage}, reward {rollout.reward}; both must be finite"
         )
-    return Example(rollout.token_ids, mask, rollout.logprobs, rollout.advantage)
+    return Example(rollout.token_ids, mask, rollout.logprobs, rollout.advantage, sample)
 
 
 def _bad(batch: Batch, what: str) -> BadBatch:

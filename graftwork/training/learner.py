@@ -159,7 +159,9 @@ class Learner:
     def begin_again(self) -> None:
         """Begin the step again: nothing of it is learnt."""
         self.forget_gradient()
-        weights = sequence_weights([e.loss_tokens for e in self.examples], self.config.loss or LossConfig())
+        weights = sequence_weights(
+            [e.loss_tokens for e in self.examples], self.config.loss or LossConfig(), [e.sample for e in self.examples]
+        )
         base, budget = self.banks.base, self.config.tokens_per_micro_batch
         rounds = pack(self.examples, weights, budget, base.device, base.ranks.rank, base.ranks.size)
         self.rounds = rounds[::-1]

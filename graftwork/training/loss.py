@@ -14,7 +14,8 @@ w_t    the normaliser's share: see `sequence_weights`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,22 +24,33 @@ from graftwork.config.schema import LossConfig
 from graftwork.training.packer import MicroBatch
 
 
-def sequence_weights(loss_tokens: Sequence[int], config: LossConfig) -> list[float]:
+def sequence_weights(
+    loss_tokens: Sequence[int], config: LossConfig, samples: Sequence[int | None] | None = None
+) -> list[float]:
     """The weight w of each loss token, one number a sequence; `loss_tokens`: how many each sequence has.
 
     token_mean      1 / total                  every token alike (DAPO, arXiv 2503.14476)
     sequence_mean   1 / (N * own)              every sequence alike (GRPO, arXiv 2402.03300)
     constant        1 / (N * constant_tokens)  no length bias (arXiv 2503.20783)
+
+    samples: sequences with the same number are branches of one conversation, and count as one sequence: N counts
+    them once, and their own is what they have together. None: every sequence is one of its own.
     """
-    count, total = len(loss_tokens), sum(loss_tokens)
+    numbers: list[Hashable] = [("own", i) for i in range(len(loss_tokens))]
+    if samples is not None:
+        numbers = [own if sample is None else sample for own, sample in zip(numbers, samples, strict=True)]
+    tokens: Counter[Hashable] = Counter()
+    for number, own in zip(numbers, loss_tokens, strict=True):
+        tokens[number] += own
+    count, total = len(tokens), sum(loss_tokens)
     match config.normaliser:
         case "token_mean":
-            return [1 / max(total, 1)] * count
+            return [1 / max(total, 1)] * len(numbers)
         case "sequence_mean":
-            return [1 / (count * max(own, 1)) for own in loss_tokens]
+            return [1 / (count * max(tokens[number], 1)) for number in numbers]
         case "constant":
             assert config.constant_tokens is not None
-            return [1 / (count * config.constant_tokens)] * count
+            return [1 / (count * config.constant_tokens)] * len(numbers)
 
 
 def policy_loss(

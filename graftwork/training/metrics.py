@@ -69,14 +69,16 @@ def metrics_row(
 
 
 def sampled_of(batch: Batch) -> Sampled:
-    """Where the batch does not say what was sampled for it: what is in it."""
-    rewards = [rollout.reward for rollout in batch.rollouts]
+    """Where the batch does not say what was sampled for it: what is in it. A conversation that branches is several
+    sequences, but was rewarded once."""
+    by_sample = {(rollout.prompt_index, rollout.sample_index): rollout.reward for rollout in batch.rollouts}
+    rewards = list(by_sample.values())
     mean = sum(rewards) / len(rewards)
     return Sampled(
         rounds=1,
         answers=len(rewards),
         failed=0,
-        equal_groups=len(equal_groups((rollout.prompt_index, rollout.reward) for rollout in batch.rollouts)),
+        equal_groups=len(equal_groups((prompt, reward) for (prompt, _), reward in by_sample.items())),
         left_out_groups=0,
         answer_tokens=sum(int(rollout.loss_mask.sum()) for rollout in batch.rollouts),
         reward_mean=mean,

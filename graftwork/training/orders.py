@@ -131,12 +131,13 @@ def describe(order: Order) -> str:
 
 
 def encode_examples(examples: Sequence[Example]) -> bytes:
-    """Columns in safetensors: lengths and advantages [n], and behind one another the sequences' tokens, log-probs and
-    loss masks."""
+    """Columns in safetensors: lengths, advantages and samples [n] (-1: none), and behind one another the sequences'
+    tokens, log-probs and loss masks."""
     return save(
         {
             "lengths": np.array([len(one.token_ids) for one in examples], np.int64),
             "advantages": np.array([one.advantage for one in examples], np.float64),
+            "samples": np.array([-1 if one.sample is None else one.sample for one in examples], np.int64),
             "token_ids": np.concatenate([one.token_ids for one in examples]),
             "logprobs": np.concatenate([one.sampler_logprobs for one in examples]),
             "loss_mask": np.concatenate([one.loss_mask for one in examples]),
@@ -150,6 +151,8 @@ def decode_examples(data: bytes) -> list[Example]:
     ends = np.cumsum(columns["lengths"])[:-1]
     sequences = (np.split(columns[name], ends) for name in ("token_ids", "loss_mask", "logprobs"))
     return [
-        Example(tokens, mask, logprobs, float(advantage))
-        for tokens, mask, logprobs, advantage in zip(*sequences, columns["advantages"], strict=True)
+        Example(tokens, mask, logprobs, float(advantage), None if sample < 0 else int(sample))
+        for tokens, mask, logprobs, advantage, sample in zip(
+            *sequences, columns["advantages"], columns["samples"], strict=True
+        )
     ]

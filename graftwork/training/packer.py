@@ -30,12 +30,15 @@ class Example:
     loss_mask         [L] bool; loss_mask[i]: predicting token i from those before it is learnt. loss_mask[0] is False.
     sampler_logprobs  [L] float32, meaningful where loss_mask
     advantage         what the sequence's log-probs are multiplied by; 1 in supervised learning
+    sample            equal for the branches of one conversation, which count as one sequence where sequences are
+                      weighted alike; None: it is one of its own
     """
 
     token_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     sampler_logprobs: NDArray[np.float32]
     advantage: float
+    sample: int | None = None
 
     @property
     def loss_tokens(self) -> int:

@@ -168,12 +168,13 @@ class Tenant:
 
     def _take_batch(self) -> Work | None:
         step = self.step + 1
-        rollouts = self.config.sampling.prompts_per_step * self.config.sampling.samples_per_prompt
+        sampling = self.config.sampling
+        most = sampling.prompts_per_step * sampling.samples_per_prompt * self.config.environment.sequences_max
         if not is_stable(self.tree.batch(step)):
             return None
         self._must_be_there()
         try:
-            found = read_batch(self.tree, step, BatchSize(rollouts, rollouts * self.max_tokens))
+            found = read_batch(self.tree, step, BatchSize(most, most * self.max_tokens))
             if found is None:
                 return None
             batch, digest = found

@@ -26,6 +26,7 @@ from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
 from graftwork.config.schema import LoraConfig, ModelConfig, SamplingConfig
 from graftwork.errors import ConfigError
+from graftwork.inference.api import prompt_seed
 from graftwork.inference.engine import Engine
 from graftwork.inference.local import LocalSampler
 from graftwork.inference.server import build_app
@@ -145,8 +146,17 @@ def test_chat_is_a_completion_of_the_rendered_messages(client: TestClient, publi
 def test_generate_takes_and_gives_token_ids(client: TestClient, published: Published) -> None:
     """The same tokens and log-probs as a completion; what verifiers' train client reads is there."""
     name = published.version.name
-    same = complete(client, model=name, prompt=[5, 6], n=2, logprobs=1, return_token_ids=True)["choices"]
-    params = {"max_tokens": 6, "seed": 1, "n": 2, "logprobs": 1, "skip_special_tokens": False}
+    seed = prompt_seed(1, [5, 6])
+    same = complete(client, model=name, prompt=[5, 6], n=2, logprobs=1, return_token_ids=True, seed=seed)["choices"]
+    params = {
+        "stop_token_ids": [1],
+        "routed_experts_prompt_start": 0,
+        "max_tokens": 6,
+        "seed": 1,
+        "n": 2,
+        "logprobs": 1,
+        "skip_special_tokens": False,
+    }
     body = {"model": name, "token_ids": [5, 6], "sampling_params": params, "request_id": "mine"}
     answer = client.post("/inference/v1/generate", json=body).json()
     assert answer["request_id"] == "mine"
@@ -158,9 +168,28 @@ def test_generate_takes_and_gives_token_ids(client: TestClient, published: Publi
         assert [entry["logprob"] for entry in entries] == other["logprobs"]["token_logprobs"]
 
 
+def test_the_seed_of_a_conversation_draws_anew_in_every_turn() -> None:
+    seeds = {prompt_seed(seed, ids) for seed in (1, 2) for ids in ([5, 6], [5, 6, 7], [56])}
+    assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_generate_answers_from_the_digest_that_was_asked_for_or_not_at_all(
+    client: TestClient, published: Published
+) -> None:
+    def ask(model: str, digest: str) -> Any:
+        body = {"model": model, "token_ids": [5], "sampling_params": {"max_tokens": 2}}
+        return client.post("/inference/v1/generate", json=body, headers={"If-Match": f'"{digest}"'})
+
+    name, digest = published.version.name, published.version.digest
+    assert ask(name, digest).json()["graftwork"]["digest"] == digest
+    for refused in (ask(name, "0" * 64), ask("tiny", digest)):
+        assert refused.status_code == 412 and "If-Match asks for" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"sampling_params": {"stop_token_ids": [1, 9]}}, "stop_token_ids: [9]"),
         ({"token_ids": []}, "token_ids"), ({"sampling_params": {"top_k": 5}}, "sampling_params.top_k"),
         ({"features": {"image": 1}}, "features"), ({"sampling_params": {"beam": 2}}, "sampling_params.beam"),
     ],

@@ -1,6 +1,7 @@
 """Losses against their formulas, written out token by token."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,17 @@ def test_normalisers() -> None:
     assert sequence_weights([2, 6], LossConfig()) == [1 / 8, 1 / 8]
     assert sequence_weights([2, 6], LossConfig(normaliser="sequence_mean")) == [1 / 4, 1 / 12]
     assert sequence_weights([2, 6], LossConfig(normaliser="constant", constant_tokens=10)) == [1 / 20, 1 / 20]
+
+
+def test_the_branches_of_a_sample_count_as_one_sequence() -> None:
+    def weights(**config: Any) -> list[float]:
+        return sequence_weights([2, 6, 4], LossConfig(**config), [0, 0, 1])
+
+    assert weights() == [1 / 12] * 3
+    assert weights(normaliser="sequence_mean") == [1 / 16, 1 / 16, 1 / 8]
+    assert weights(normaliser="constant", constant_tokens=10) == [1 / 20] * 3
+    alone = sequence_weights([2, 6], LossConfig(normaliser="sequence_mean"), [None, None])
+    assert alone == [1 / 4, 1 / 12], "without a number each is one of its own"
 
 
 def test_cross_entropy_is_the_mean_negative_log_likelihood() -> None:

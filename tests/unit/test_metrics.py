@@ -36,3 +36,12 @@ def test_equal_is_what_has_no_advantage() -> None:
     assert equal_groups([(4, 0.5), (7, 1.0), (7, 0.0), (4, 0.5)]) == {4}
     assert equal_groups([(0, 0.1)]) == {0}, "one answer alone has nothing to differ from"
     assert equal_groups([(0, 0.1), (0, float(np.float32(0.1)))]) == {0}, "advantages are made from float32"
+
+
+def test_a_sample_of_several_sequences_was_rewarded_once(tmp_path: Path) -> None:
+    version = Published(Version(RunId("a"), 0, "ab" * 32), tmp_path, {})
+    batch = random_batch(RunId("a"), 1, version)
+    first, second, *_ = batch.rollouts
+    branches = (replace(first, reward=1.0), replace(first, reward=1.0), replace(second, reward=0.0))
+    told = sampled_of(replace(batch, rollouts=branches))
+    assert (told.answers, told.reward_mean, told.equal_groups) == (2, 0.5, 0)

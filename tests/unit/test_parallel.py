@@ -108,7 +108,7 @@ def test_examples_survive_the_way_to_the_bit(sizes: list[tuple[int, float]], see
     examples = [
         Example(
             rng.integers(0, 2**31 - 1, size).astype(np.int32), rng.random(size) < 0.5,
-            rng.normal(size=size).astype(np.float32), advantage,
+            rng.normal(size=size).astype(np.float32), advantage, [None, 0, 7][size % 3],
         )
         for size, advantage in sizes
     ]  # fmt: skip
@@ -116,6 +116,7 @@ def test_examples_survive_the_way_to_the_bit(sizes: list[tuple[int, float]], see
         for name in ("token_ids", "loss_mask", "sampler_logprobs"):
             ours, theirs = getattr(given_, name), getattr(found, name)
             assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+        assert given_.sample == found.sample
         assert np.float64(given_.advantage).tobytes() == np.float64(found.advantage).tobytes()
 
 

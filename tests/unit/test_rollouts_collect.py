@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from test_rollouts_chat import CHATML, make_base
 from graftwork.config.schema import SamplingConfig
 from graftwork.errors import ConfigError, InferenceError, RunError, ServerGone
 from graftwork.rollouts.chat import ChatTokenizer
-from graftwork.rollouts.collect import Request, Source, collect, evaluate
-from graftwork.rollouts.environment import Task
+from graftwork.rollouts.collect import Played, Request, Source, collect, evaluate, outcome
+from graftwork.rollouts.environment import Answer, Task
 from graftwork.rollouts.reverse_text import ReverseText
 from graftwork.rollouts.sampling import Completion
+from graftwork.rollouts.traces import Learnt, TracedTalk
 from graftwork.rollouts.wave import Call, plan, request_seed
 
 SOURCE = Source("tiny@3-abababab", "ab" * 32)
@@ -206,6 +209,64 @@ def test_a_rollout_that_asks_nothing_or_two_things_at_once_fails(tokenizer):
     collected = play(Rude(), tokenizer)
     assert "asked nothing" in collected.rows[0]["error"]
     assert "one question at a time" in collected.rows[1]["error"]
+
+
+def test_a_slow_environment_fails_its_rollout_and_holds_nobody_up(tokenizer):
+    class Slow(Talk):
+        async def run(self, task, policy):
+            number, self.played = self.played, self.played + 1
+            if number == 0:
+                await asyncio.sleep(60)
+            answer = await policy.ask(task.messages)
+            if number == 1:
+                await asyncio.sleep(60)
+            return len((await policy.ask(task.messages)).text) + len(answer.text) / 10
+
+    request = replace(Request.of_batch("tiny", 5, 2, SAMPLING), timeout_seconds=0.2)
+    collected = asyncio.run(collect(Slow(), tokenizer, FakeSampler(), SOURCE, request))
+    assert [row.get("error") for row in collected.rows] == [
+        "it took longer than environment.timeout_seconds allows"
+    ] * 2 + [None] * 10, "those that waited for the two, longer than 0.2 s, have not used up their time"
+    assert collected.waves == 2
+
+
+def test_the_time_limit_goes_on_after_an_answer(tokenizer):
+    class Dawdling(Talk):
+        async def run(self, task, policy):
+            number, self.played = self.played, self.played + 1
+            for _ in range(4):
+                await policy.ask(task.messages)
+                await asyncio.sleep(0.2 if number == 0 else 0)
+            return 1.0 + number
+
+    request = replace(Request.of_batch("tiny", 5, 2, SAMPLING), timeout_seconds=0.5)
+    collected = asyncio.run(collect(Dawdling(), tokenizer, FakeSampler(), SOURCE, request))
+    assert [i for i, row in enumerate(collected.rows) if "error" in row] == [0], "four times 0.2 s is too much"
+
+
+def test_an_environment_that_plays_by_itself(tokenizer):
+    class Branching:
+        async def play(self, tokenizer, sampler, source, request):
+            def talk(p, s):
+                mask = np.array([False, True, False, True])
+                ids, logprobs = np.arange(4, dtype=np.int32), np.where(mask, -0.5, 0).astype(np.float32)
+                one = Learnt(ids, mask, logprobs)
+                answer = Answer(f"{p} {s}", (1, 3), "stop")
+                said = ({"role": "user", "content": "go"}, {"role": "assistant", "content": answer.text})
+                return TracedTalk(p, s, said, (answer,), (one,) * (1 + s % 2))
+
+            played = [outcome(talk(p, s), float(s == 3)) for p in range(3) for s in range(4)]
+            played[2] = Played(TracedTalk(0, 2), math.nan, "it broke")
+            return played, "claimed"
+
+    collected = play(Branching(), tokenizer)
+    order = [(r.prompt_index, r.sample_index) for r in collected.rollouts]
+    assert order[:5] == [(0, 0), (0, 1), (0, 1), (0, 3), (0, 3)] and len(order) == 17
+    assert (collected.failed, len(collected.rows), collected.digest_source) == (1, 12, "claimed")
+    assert collected.mean_reward == pytest.approx(3 / 11), "a sample's reward counts once"
+    advantages = {(r.prompt_index, r.sample_index): r.advantage for r in collected.rollouts}
+    assert advantages[0, 3] == pytest.approx(2 / 3) and advantages[1, 3] == 0.75, "of the samples, not of the branches"
+    assert collected.rows[2]["error"] == "it broke" and collected.rows[3]["answer"] == "0 3"
 
 
 def test_a_batch_of_failures_ends_the_run(tokenizer):
