@@ -32,6 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reasoning-gym]' || \
+	  echo "reasoning-gym is not installed (pycosat, which it needs, is compiled: Python's headers?); its tests are skipped"
 	@touch $@
 
 $(VENV): $(STAMP)

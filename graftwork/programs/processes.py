@@ -152,14 +152,18 @@ def start_detached(command: Sequence[str], name: str, argument: Path, log: Path)
 
 
 def _spawn(command: Sequence[str], descriptor: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A process in a session of its own, with stdout and stderr going to `descriptor`, which is closed here."""
+    """A process in a session of its own, with stdout and stderr going to `descriptor`, which is closed here.
+
+    Python's hash seed is 0 unless `environment` has another: whatever iterates over a set of texts, such as some
+    environments' tasks, then does the same in every start of a run.
+    """
     try:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,
-            env={**environment, "PYTHONUNBUFFERED": "1"},
+            env={"PYTHONHASHSEED": "0", **environment, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
     finally:

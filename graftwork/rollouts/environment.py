@@ -31,6 +31,7 @@ environment that wants to end the run instead raises a GraftworkError.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -51,6 +52,8 @@ BUILT_IN = {
     "prompts": "graftwork.rollouts.prompts:Prompts",
     "reverse_text": "graftwork.rollouts.reverse_text:ReverseText",
 }
+FAMILIES = {"reasoning_gym": "graftwork.rollouts.reasoning_gym:ReasoningGym"}
+"""Built in too: `family:member`, whose factory takes the member's name before the options."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class SingleTurn(ABC):
 
 
 def load_environment(name: str, options: Mapping[str, Any]) -> Environment:
-    """The built-in environment `name`, or what `factory(**options)` of `module:factory` returns.
+    """The built-in environment `name` or `family:member`, or what `factory(**options)` of `module:factory` returns.
 
     `module` is looked up as Python does, the working directory included. Raises ConfigError: no such name (with the
     nearest one), a module that cannot be imported, an option that the factory does not take or whose value it refuses.
@@ -146,10 +149,14 @@ def _factory(name: str) -> Callable[..., Any]:
     if ":" not in name:
         if name not in BUILT_IN:
             raise ConfigError(
-                f"no environment {name!r}{_nearest(name, BUILT_IN)}; built in: {', '.join(sorted(BUILT_IN))};"
+                f"no environment {name!r}{nearest(name, BUILT_IN)}; built in:"
+                f" {', '.join([*sorted(BUILT_IN), *(f'{family}:...' for family in sorted(FAMILIES))])};"
                 " one of yours is named module:factory"
             )
         return _factory(BUILT_IN[name])
+    family, _, member = name.partition(":")
+    if family in FAMILIES:
+        return functools.partial(_factory(FAMILIES[family]), member)
     return named("environment", name)
 
 
@@ -166,7 +173,7 @@ def named(what: str, name: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ConfigError(
-            f"{what} {name!r}: {module_name} has no function or class {attribute!r}{_nearest(attribute, vars(module))}"
+            f"{what} {name!r}: {module_name} has no function or class {attribute!r}{nearest(attribute, vars(module))}"
         )
     return factory
 
@@ -187,7 +194,7 @@ def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str,
     for option in options:
         if option not in known and not takes_any:
             raise ConfigError(
-                f"environment {name!r} has no option {option!r}{_nearest(option, known)};"
+                f"environment {name!r} has no option {option!r}{nearest(option, known)};"
                 f" its options are {', '.join(known) or 'none'}"
             )
     for key in known:
@@ -195,6 +202,7 @@ def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str,
             raise ConfigError(f"environment {name!r} needs the option {key!r}; set it under environment.options")
 
 
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """How an error message goes on after a wrong name: "; did you mean 'this'?", or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -18,6 +18,7 @@ from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.collect import Played, Request, Source, collect, evaluate, outcome
 from graftwork.rollouts.environment import Answer, Task
 from graftwork.rollouts.reverse_text import ReverseText
+from graftwork.rollouts.rounds import choose
 from graftwork.rollouts.sampling import Completion
 from graftwork.rollouts.traces import Learnt, TracedTalk
 from graftwork.rollouts.wave import Call, plan, request_seed
@@ -263,7 +264,8 @@ def test_an_environment_that_plays_by_itself(tokenizer):
     order = [(r.prompt_index, r.sample_index) for r in collected.rollouts]
     assert order[:5] == [(0, 0), (0, 1), (0, 1), (0, 3), (0, 3)] and len(order) == 17
     assert (collected.failed, len(collected.rows), collected.digest_source) == (1, 12, "claimed")
-    assert collected.mean_reward == pytest.approx(3 / 11), "a sample's reward counts once"
+    told = choose([collected], SamplingConfig(prompts_per_step=3, samples_per_prompt=4)).sampled
+    assert (told.answers, told.reward_mean) == (11, pytest.approx(3 / 11)), "a sample's reward counts once"
     advantages = {(r.prompt_index, r.sample_index): r.advantage for r in collected.rollouts}
     assert advantages[0, 3] == pytest.approx(2 / 3) and advantages[1, 3] == 0.75, "of the samples, not of the branches"
     assert collected.rows[2]["error"] == "it broke" and collected.rows[3]["answer"] == "0 3"
