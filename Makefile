@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 VERIFIERS := .venv-verifiers
 
-.PHONY: help demo demo-smollm2 test test-vllm test-verifiers test-all check proof-main proof-adapters proof-tenants proof-sharded clean
+.PHONY: help demo demo-smollm2 test test-vllm test-verifiers test-all check proof-main proof-adapters proof-tenants proof-sharded proof-engines clean
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
@@ -25,6 +25,7 @@ help:
 	@echo "make proof-adapters  imports against PEFT, hostile files, cost; writes proof/adapters.json"
 	@echo "make proof-tenants   many runs on one trainer: isolation, faults, fairness, forgeries; writes proof/tenants.json"
 	@echo "make proof-sharded   one trainer of several ranks: gradients, checkpoints, faults, kills, memory; writes proof/sharded.json"
+	@echo "make proof-engines   things are unplugged in the middle of 50 runs: each goes on, or stops with the reason; writes proof/engines.json"
 	@echo "make clean           remove environments and caches; outputs/ and proof/ stay"
 
 # The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
@@ -89,6 +90,9 @@ proof-tenants: $(STAMP)
 
 proof-sharded: $(STAMP)
 	$(RUN) -m proofs.sharded $(PROOF_ARGS)
+
+proof-engines: $(STAMP)
+	$(RUN) -m proofs.engines $(PROOF_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(VERIFIERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
