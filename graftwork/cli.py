@@ -31,7 +31,8 @@ from graftwork.cli_adapter import (
     import_options,
 )
 from graftwork.config.load import load
-from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftConfig, SubmitConfig, TrainerConfig
+from graftwork.config.run import SubmitConfig
+from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftConfig, TrainerConfig
 from graftwork.errors import ConfigError, GraftworkError, RankLost
 from graftwork.programs.processes import end_with_parent
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from graftwork.adapters.formats.peft_read import Choice
 from graftwork.adapters.opening import open_adapter
 from graftwork.adapters.prepare import Wish, prepare
-from graftwork.config.schema import LoraConfig as SlotConfig
-from graftwork.config.schema import ModelConfig
+from graftwork.config.section import LoraConfig as SlotConfig
+from graftwork.config.section import ModelConfig
 from graftwork.errors import AdapterError, MisfitAdapter, UnreadableAdapter, UnsupportedAdapter
 from graftwork.lora.linear import Segment
 from graftwork.model.attention import Group, PackedPlan

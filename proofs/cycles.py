@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from graftwork.config.load import dump
-from graftwork.config.schema import LoraConfig, LossConfig, ModelConfig, RunConfig, TrainerConfig
+from graftwork.config.run import LossConfig, RunConfig
+from graftwork.config.schema import TrainerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.model.base import load_base
 from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId, RunTree

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from graftwork.config.load import dump
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.store.files import MANIFEST, Manifest, read_json
 from graftwork.store.layout import RunTree
 from graftwork.store.queue import BATCH, Batch, Version, publish_batch

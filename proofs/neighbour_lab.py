@@ -14,17 +14,9 @@ import torch
 
 from graftwork.adapters.convert import convert_adapter
 from graftwork.config.load import dump
-from graftwork.config.schema import (
-    AdapterConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RetentionConfig,
-    RunConfig,
-    SamplingConfig,
-    TrainerConfig,
-)
+from graftwork.config.run import AdapterConfig, LossConfig, OptimizerConfig, RetentionConfig, RunConfig, SamplingConfig
+from graftwork.config.schema import TrainerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import Damaged
 from graftwork.model.base import BaseModel, load_base
 from graftwork.store.disk import Disk

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from graftwork.config.load import dump
-from graftwork.config.schema import AdapterConfig, LossConfig, RetentionConfig
+from graftwork.config.run import AdapterConfig, LossConfig, RetentionConfig
 from graftwork.store.layout import OutputTree, RunId
 from graftwork.store.queue import read_version
 from proofs.neighbour_kinds import MISHAPS, Kind, Offender

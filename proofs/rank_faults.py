@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.config.load import dump, load
-from graftwork.config.schema import AdapterConfig, LoraConfig, LossConfig, ModelConfig, RunConfig, TrainerConfig
+from graftwork.config.run import AdapterConfig, LossConfig, RunConfig
+from graftwork.config.schema import TrainerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel, Placement, load_base
 from graftwork.parallel.ranks import Ranks, restarts

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.config.load import dump
-from graftwork.config.schema import ModelConfig
+from graftwork.config.section import ModelConfig
 from graftwork.programs.verify import verify_run
 from graftwork.store.layout import OutputTree
 from proofs.killing import alive, children_of

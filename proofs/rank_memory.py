@@ -23,7 +23,8 @@ from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from graftwork.config.schema import LoraConfig, ModelConfig, OptimizerConfig
+from graftwork.config.run import OptimizerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.lora.slots import SlotLayout
 from graftwork.model.base import BaseModel, Placement, load_base, slot_spec
 from graftwork.parallel.ranks import Ranks

@@ -23,7 +23,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from graftwork.adapters.prepare import prepare
 from graftwork.adapters.snapshot import Snapshot, snapshot_of
 from graftwork.adapters.source import AdapterFacts, InMemory
-from graftwork.config.schema import AdapterConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
+from graftwork.config.run import AdapterConfig, LossConfig, OptimizerConfig, RunConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.model.base import BaseModel, Placement, load_base
 from graftwork.parallel.parts import fill, whole
 from graftwork.parallel.ranks import Ranks

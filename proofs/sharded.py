@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from graftwork.adapters.convert import convert_adapter
-from graftwork.config.schema import LoraConfig, ModelConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.model.base import load_base
 from graftwork.store.disk import Disk
 from graftwork.store.files import read_lines

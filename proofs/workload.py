@@ -29,16 +29,9 @@ from graftwork.adapters.convert import convert_adapter
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
 from graftwork.config.load import dump, load
-from graftwork.config.schema import (
-    AdapterConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RetentionConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from graftwork.config.run import AdapterConfig, LossConfig, OptimizerConfig, RetentionConfig, RunConfig
+from graftwork.config.schema import TrainerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import Damaged
 from graftwork.model.base import BaseModel, load_base
 from graftwork.programs.verify import verify_run

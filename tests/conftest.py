@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftwork.config.schema import LoraConfig, ModelConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.model.base import BaseModel, load_base
 from proofs.adapter_models import make_base
 

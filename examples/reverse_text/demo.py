@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwork.config.load import dump, load
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId, RunTree
 

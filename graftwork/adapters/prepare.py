@@ -26,7 +26,7 @@ from graftwork.adapters.formats.untrusted import listed
 from graftwork.adapters.names import match_paths
 from graftwork.adapters.report import ImportReport
 from graftwork.adapters.source import AdapterSource, ModuleFacts, name_in_digest
-from graftwork.config.schema import ALL_LINEAR
+from graftwork.config.section import ALL_LINEAR
 from graftwork.errors import MisfitAdapter
 
 SCALE_TOLERANCE = 1e-9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.inference.engine import Engine
 from graftwork.inference.requests import GenerationRequest
 from graftwork.rollouts.sampling import Completion

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graftwork.adapters.canonical import Shape
 from graftwork.adapters.names import EXPERT_PARTS, EXPERTS, FUSED
-from graftwork.config.schema import ALL_LINEAR
+from graftwork.config.section import ALL_LINEAR
 from graftwork.errors import ModelError
 from graftwork.lora.experts import ExpertWeights, slot_experts
 from graftwork.lora.linear import Segment, slot_linear

@@ -29,7 +29,7 @@ from graftwork.adapters.names import key_of, match_paths
 from graftwork.adapters.opening import Opened, is_checkpoint, open_adapter
 from graftwork.adapters.prepare import SlotSpec, Wish, prepare
 from graftwork.adapters.source import AdapterSource, name_in_digest
-from graftwork.config.schema import ALL_LINEAR, LoraConfig, ModelConfig
+from graftwork.config.section import ALL_LINEAR, LoraConfig, ModelConfig
 from graftwork.errors import ConfigError, MisfitAdapter
 from graftwork.lora.linear import Segment
 from graftwork.lora.slots import SlotBank

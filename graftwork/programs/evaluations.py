@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.collect import PlaysBatches, Source, evaluate
 from graftwork.rollouts.environment import Environment

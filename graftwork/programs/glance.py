@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from graftwork.config.load import digest, parse_toml
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.errors import ConfigError, Damaged
 from graftwork.logs import plain_lines
 from graftwork.programs.orchestrators import is_alive, pid_in

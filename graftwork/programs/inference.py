@@ -14,7 +14,8 @@ from types import FrameType
 import torch
 import uvicorn
 
-from graftwork.config.schema import InferenceConfig, InferenceSection, LoraConfig, ModelConfig
+from graftwork.config.schema import InferenceConfig, InferenceSection
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.inference.engine import Engine
 from graftwork.inference.requests import EngineFault, GenerationRequest
 from graftwork.inference.server import build_app

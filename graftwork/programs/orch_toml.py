@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graftwork.config.load import build, digest, dump, parse_toml
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.errors import ConfigError, Damaged
 from graftwork.store.disk import Disk
 from graftwork.store.layout import RunTree

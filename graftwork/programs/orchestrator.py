@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from graftwork.config.load import digest
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.errors import ConfigError, RunError, StoreError
 from graftwork.programs.evaluations import Evaluations
 from graftwork.programs.orch_toml import asks_to_stop, read_orch_toml

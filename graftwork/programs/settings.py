@@ -12,15 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from graftwork.config.schema import (
-    InferenceConfig,
-    RlConfig,
-    RunConfig,
-    ServeConfig,
-    SftConfig,
-    SubmitConfig,
-    TrainerConfig,
-)
+from graftwork.config.run import RunConfig, SubmitConfig
+from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftConfig, TrainerConfig
 from graftwork.errors import ConfigError
 
 SECTIONS: dict[str, type[BaseModel]] = {

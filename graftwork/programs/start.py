@@ -15,15 +15,9 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from graftwork.config.load import build, dump
-from graftwork.config.schema import (
-    InferenceConfig,
-    ModelConfig,
-    RlConfig,
-    RunConfig,
-    ServeConfig,
-    TrainerConfig,
-    trainer_share,
-)
+from graftwork.config.run import RunConfig
+from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, TrainerConfig, trainer_share
+from graftwork.config.section import ModelConfig
 from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
 from graftwork.programs.orch_toml import is_settled, status_of
 from graftwork.store.disk import Disk

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from graftwork.config.load import build
-from graftwork.config.schema import RunConfig, SubmitConfig
+from graftwork.config.run import RunConfig, SubmitConfig
 from graftwork.errors import CannotResume, ConfigError, GraftworkError, ProgramFailed
 from graftwork.logs import say
 from graftwork.programs.glance import read_liveness, told

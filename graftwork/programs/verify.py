@@ -35,7 +35,7 @@ from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.snapshot import STATE_FILE, Snapshot, is_unfitted, read_snapshot
 from graftwork.config.load import digest as digest_of
 from graftwork.config.load import load
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.errors import BadBatch, ConfigError, Damaged, GraftworkError
 from graftwork.store.chain import Link, faults_in, read_chain
 from graftwork.store.checkpoint import WEIGHT, Cursor, open_checkpoint

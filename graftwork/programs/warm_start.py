@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from graftwork.config.schema import AdapterConfig, RunConfig
+from graftwork.config.run import AdapterConfig, RunConfig
 from graftwork.errors import ConfigError, ProgramFailed
 from graftwork.programs.processes import PARENT_VARIABLE
 from graftwork.store.files import read_json

@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.errors import ConfigError, InferenceError, Refused, ServerGone
 from graftwork.rollouts.sampling import Completion
 from graftwork.store.queue import VERSION_NAME, Version

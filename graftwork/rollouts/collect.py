@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.errors import GraftworkError, InferenceError, RunError
 from graftwork.rollouts.advantages import group_advantages
 from graftwork.rollouts.chat import ChatTokenizer

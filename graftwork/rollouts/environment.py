@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from graftwork.config.schema import VERIFIERS
+from graftwork.config.run import VERIFIERS
 from graftwork.errors import ConfigError
 
 Split = Literal["train", "heldout"]

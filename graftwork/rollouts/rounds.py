@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.rollouts.advantages import equal_groups
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.collect import Collected, PlaysBatches, Request, Source, collect

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 
 
 @dataclass(frozen=True)

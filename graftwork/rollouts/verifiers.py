@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from graftwork.config.schema import VERIFIERS, EnvironmentConfig, SamplingConfig
+from graftwork.config.run import VERIFIERS, EnvironmentConfig, SamplingConfig
 from graftwork.errors import ConfigError, GraftworkError, InferenceError, Refused, RunError, ServerGone
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.client import InferenceClient

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.rollouts.sampling import Completion, Sampler
 
 Kind = Literal["group", "single"]

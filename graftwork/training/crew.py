@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from graftwork.adapters.canonical import Adapter
 from graftwork.adapters.snapshot import Snapshot
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.errors import GraftworkError, RankLost, StoreError
 from graftwork.store.checkpoint import Checkpoint, publish_checkpoint, stage_checkpoint
 from graftwork.store.status import as_reason

@@ -17,7 +17,7 @@ from torch import Tensor
 from graftwork.adapters.canonical import Adapter
 from graftwork.adapters.prepare import PreparedInitAdapter
 from graftwork.adapters.snapshot import MASTERS, MOMENTS, Snapshot
-from graftwork.config.schema import LossConfig, OptimizerConfig
+from graftwork.config.run import LossConfig, OptimizerConfig
 from graftwork.lora.linear import Segment
 from graftwork.lora.slots import SlotBank
 from graftwork.model.base import Ask, BaseModel, Route

@@ -20,7 +20,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from graftwork.config.schema import LossConfig
+from graftwork.config.run import LossConfig
 from graftwork.training.packer import MicroBatch
 
 

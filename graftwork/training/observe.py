@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graftwork.config.load import build, digest, parse_toml
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.errors import ConfigError, Damaged
 from graftwork.store.files import read_file
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps

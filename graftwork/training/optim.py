@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftwork.config.schema import OptimizerConfig
+from graftwork.config.run import OptimizerConfig
 from graftwork.lora.slots import SlotBank
 from graftwork.parallel.parts import fill, local
 

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from safetensors.numpy import load, save
 
-from graftwork.config.schema import AdapterConfig, Section
+from graftwork.config.run import AdapterConfig
+from graftwork.config.section import Section
 from graftwork.training.learner import LearnerConfig
 from graftwork.training.packer import Example
 

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.store.disk import RETIRED_PREFIX, Disk
 from graftwork.store.layout import RunTree, stable_steps, step_folder
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.store.layout import RunId, RunTree
 from graftwork.store.status import TERMINAL, Status
 

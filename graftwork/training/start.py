@@ -16,7 +16,7 @@ from graftwork.adapters.prepare import PreparedInitAdapter, Wish, fresh, places_
 from graftwork.adapters.report import lines_of
 from graftwork.adapters.snapshot import Snapshot, is_unfitted, read_snapshot, snapshot_of, write_snapshot
 from graftwork.adapters.source import AdapterFacts, AdapterSource, InMemory
-from graftwork.config.schema import AdapterConfig
+from graftwork.config.run import AdapterConfig
 from graftwork.errors import CannotResume, MisfitAdapter
 from graftwork.model.base import BaseModel
 from graftwork.store.checkpoint import Checkpoint, open_checkpoint, save_checkpoint

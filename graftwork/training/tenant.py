@@ -9,7 +9,7 @@ from typing import Any
 
 from graftwork.adapters.formats.peft_write import peft_files
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.errors import BadBatch, RunError, StaleBatch
 from graftwork.store.chain import Link, append_link, begin_chain
 from graftwork.store.checkpoint import Checkpoint

@@ -19,7 +19,8 @@ from threading import Event
 from typing import TypeVar
 
 from graftwork.adapters.source import InMemory
-from graftwork.config.schema import RunConfig, TrainerConfig
+from graftwork.config.run import RunConfig
+from graftwork.config.schema import TrainerConfig
 from graftwork.errors import GraftworkError
 from graftwork.model.base import BaseModel
 from graftwork.parallel.ranks import job_pid

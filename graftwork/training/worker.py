@@ -16,7 +16,8 @@ from graftwork.adapters.canonical import Adapter
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.snapshot import Snapshot, tensor_name, write_shared, write_tensors
 from graftwork.adapters.source import AdapterFacts, InMemory
-from graftwork.config.schema import AdapterConfig, TrainerConfig
+from graftwork.config.run import AdapterConfig
+from graftwork.config.schema import TrainerConfig
 from graftwork.errors import GraftworkError, RankLost
 from graftwork.model.base import BaseModel
 from graftwork.parallel.ranks import Ranks

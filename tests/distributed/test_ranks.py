@@ -11,7 +11,7 @@ import pytest
 from distributed.base_checks import CHECKED
 from distributed.findings import FAULTS, Findings
 
-from graftwork.config.schema import LoraConfig, ModelConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.model.base import BaseModel, load_base
 from graftwork.store.queue import read_version
 from proofs.rank_jobs import Job, Strike

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.config.schema import ModelConfig
+from graftwork.config.section import ModelConfig
 from graftwork.model.base import BaseModel
 from graftwork.store.disk import Disk
 from proofs.faults import (

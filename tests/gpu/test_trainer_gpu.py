@@ -12,7 +12,8 @@ from support import random_adapter
 from graftwork.adapters.prepare import prepare
 from graftwork.adapters.snapshot import snapshot_of
 from graftwork.adapters.source import InMemory
-from graftwork.config.schema import LoraConfig, LossConfig, ModelConfig, OptimizerConfig
+from graftwork.config.run import LossConfig, OptimizerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.lora.linear import Segment
 from graftwork.model.attention import Group, PackedPlan
 from graftwork.model.base import Ask, BaseModel, Placement, Route, load_base

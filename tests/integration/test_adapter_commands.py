@@ -28,7 +28,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from graftwork import cli
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.snapshot import Snapshot, read_snapshot
-from graftwork.config.schema import LoraConfig, ModelConfig, OptimizerConfig
+from graftwork.config.run import OptimizerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import CannotResume
 from graftwork.model.base import load_base
 from graftwork.programs import adapter as program

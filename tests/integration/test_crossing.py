@@ -14,7 +14,8 @@ from test_trainer import DISK, Lab, status_of
 
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import prepare
-from graftwork.config.schema import ModelConfig, OptimizerConfig
+from graftwork.config.run import OptimizerConfig
+from graftwork.config.section import ModelConfig
 from graftwork.lora.linear import Segment
 from graftwork.model.attention import Group, PackedPlan
 from graftwork.model.base import Ask, BaseModel, Route

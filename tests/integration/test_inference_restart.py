@@ -19,7 +19,7 @@ from test_orchestrator_fakes import FakeTrainer, make_run
 
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import LoraConfig, ModelConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.model.base import load_base
 from graftwork.programs import orchestrator
 from graftwork.rollouts.client import InferenceClient

@@ -24,7 +24,8 @@ from support import random_adapter
 from graftwork.adapters.canonical import Adapter
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import LoraConfig, ModelConfig, SamplingConfig
+from graftwork.config.run import SamplingConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import ConfigError
 from graftwork.inference.api import prompt_seed
 from graftwork.inference.engine import Engine

@@ -7,7 +7,7 @@ from support import random_adapter
 
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import LoraConfig, ModelConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.model.base import load_base
 from graftwork.store.disk import Disk
 from graftwork.store.layout import stable_steps

@@ -16,7 +16,8 @@ from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import Wish, prepare
 from graftwork.adapters.snapshot import snapshot_of
 from graftwork.adapters.source import InMemory
-from graftwork.config.schema import AdapterConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig
+from graftwork.config.run import AdapterConfig, LossConfig, OptimizerConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.inference.engine import Engine
 from graftwork.inference.requests import GenerationRequest
 from graftwork.lora.linear import Segment

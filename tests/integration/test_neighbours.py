@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwork.config.schema import ModelConfig
+from graftwork.config.section import ModelConfig
 from graftwork.model.base import BaseModel
 from graftwork.store.layout import RunId
 from proofs import neighbours

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from graftwork.config.load import build, digest, dump
-from graftwork.config.schema import RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.rollouts.environment import Task
 from graftwork.store.disk import Disk
 from graftwork.store.layout import RunId, RunTree

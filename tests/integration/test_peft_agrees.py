@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.prepare import PreparedInitAdapter
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import AdapterConfig, ModelConfig
+from graftwork.config.run import AdapterConfig
+from graftwork.config.section import ModelConfig
 from graftwork.lora.linear import Segment
 from graftwork.model.attention import Group, PackedPlan
 from graftwork.model.base import BaseModel, Route

@@ -18,7 +18,8 @@ import pytest
 from fake_services import FREE_PORT
 
 from graftwork.config.load import build
-from graftwork.config.schema import ModelConfig, ServeConfig
+from graftwork.config.schema import ServeConfig
+from graftwork.config.section import ModelConfig
 from graftwork.errors import Busy, Damaged, ProgramFailed
 from graftwork.programs import serve
 from graftwork.programs.processes import PARENT_VARIABLE

@@ -15,7 +15,9 @@ import torch
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import PreparedInitAdapter
 from graftwork.config.load import dump, load
-from graftwork.config.schema import LoraConfig, ModelConfig, RunConfig, SftConfig
+from graftwork.config.run import RunConfig
+from graftwork.config.schema import SftConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.lora.linear import Segment
 from graftwork.model.base import Route, load_base
 from graftwork.model.logprobs import token_logprobs

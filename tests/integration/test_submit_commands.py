@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from graftwork.config.load import build, digest
-from graftwork.config.schema import ModelConfig, SubmitConfig
+from graftwork.config.run import SubmitConfig
+from graftwork.config.section import ModelConfig
 from graftwork.errors import BadRunId, ConfigError, ProgramFailed
 from graftwork.programs import orchestrators, submit
 from graftwork.programs.orchestrators import end_orchestrator, is_alive, live_orchestrator, pid_in

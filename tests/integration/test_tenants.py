@@ -11,7 +11,8 @@ from test_trainer import DISK, Lab, save_adapter, status_of, trainer_files
 
 from graftwork.adapters.convert import convert_adapter
 from graftwork.adapters.formats.peft_read import read_peft
-from graftwork.config.schema import AdapterConfig, LossConfig, ModelConfig, OptimizerConfig, RetentionConfig
+from graftwork.config.run import AdapterConfig, LossConfig, OptimizerConfig, RetentionConfig
+from graftwork.config.section import ModelConfig
 from graftwork.model.base import BaseModel
 from graftwork.store.chain import read_chain
 from graftwork.store.disk import Disk

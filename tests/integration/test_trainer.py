@@ -16,15 +16,9 @@ from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
 from graftwork.config.load import dump
-from graftwork.config.schema import (
-    AdapterConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RetentionConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from graftwork.config.run import AdapterConfig, LossConfig, OptimizerConfig, RetentionConfig, RunConfig
+from graftwork.config.schema import TrainerConfig
+from graftwork.config.section import ModelConfig
 from graftwork.errors import Busy, MisfitAdapter
 from graftwork.model.base import BaseModel
 from graftwork.store.disk import Disk

@@ -10,7 +10,8 @@ import pytest
 from support import random_batch
 from test_trainer import DISK, Lab, overflow, status_of
 
-from graftwork.config.schema import LossConfig, ModelConfig, OptimizerConfig, RetentionConfig
+from graftwork.config.run import LossConfig, OptimizerConfig, RetentionConfig
+from graftwork.config.section import ModelConfig
 from graftwork.model.base import BaseModel
 from graftwork.programs import verify
 from graftwork.programs.verify import Report, verify_run

@@ -6,7 +6,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftwork.config.schema import ModelConfig, RunConfig
+from graftwork.config.run import RunConfig
+from graftwork.config.section import ModelConfig
 from graftwork.store.layout import RunId, RunTree
 from graftwork.store.status import TERMINAL, State, Status
 from graftwork.training.runs import (

@@ -14,7 +14,8 @@ import torch
 from made_versions import BASE, MAX_ADAPTERS, MAX_LENGTH, MAX_RANK, MODEL, START_SECONDS, Bench, Talk
 
 from graftwork.config.load import dump
-from graftwork.config.schema import InferenceConfig, LoraConfig, VllmSection
+from graftwork.config.schema import InferenceConfig, VllmSection
+from graftwork.config.section import LoraConfig
 from graftwork.model.base import BaseModel, load_base
 from graftwork.programs.serving import Serving
 from graftwork.programs.start import said_by

@@ -15,7 +15,7 @@ from graftwork.adapters.canonical import Adapter
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.prepare import PreparedInitAdapter
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import ModelConfig
+from graftwork.config.section import ModelConfig
 from graftwork.lora.linear import Segment
 from graftwork.model.attention import Group, PackedPlan
 from graftwork.model.base import Ask, BaseModel, Route

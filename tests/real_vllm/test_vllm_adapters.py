@@ -14,7 +14,7 @@ from graftwork.adapters.canonical import Adapter, LoraPair
 from graftwork.adapters.convert import FORMATS
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.errors import Refused, WrongAdapter
 from graftwork.programs.serving import Serving
 from graftwork.rollouts.client import InferenceClient

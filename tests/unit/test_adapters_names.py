@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.adapters.names import TensorName, is_expert_stack, key_of, match_paths, numbered_name, peft_name
-from graftwork.config.schema import LoraConfig
+from graftwork.config.section import LoraConfig
 from graftwork.model.base import slot_spec
 from proofs.adapter_models import CONFIGS, make_base
 

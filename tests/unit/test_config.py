@@ -6,7 +6,8 @@ import pytest
 from pydantic import BaseModel
 
 from graftwork.config.load import build, dump, parse_toml
-from graftwork.config.schema import RlConfig, RunConfig, SftConfig
+from graftwork.config.run import RunConfig
+from graftwork.config.schema import RlConfig, SftConfig
 from graftwork.errors import ConfigError
 
 MODEL = {"model": {"path": "base"}}

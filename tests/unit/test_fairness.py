@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graftwork.config.load import dump
-from graftwork.config.schema import ModelConfig, SamplingConfig
+from graftwork.config.run import SamplingConfig
+from graftwork.config.section import ModelConfig
 from graftwork.model.attention import AttentionPlan
 from graftwork.model.base import Ask, BaseModel
 from graftwork.model.inject import Route

@@ -9,7 +9,9 @@ from support import random_adapter
 
 from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.source import AdapterFacts
-from graftwork.config.schema import LoraConfig, ModelConfig, NamedRun, RlConfig, SamplingConfig
+from graftwork.config.run import NamedRun, SamplingConfig
+from graftwork.config.schema import RlConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import AdapterError, GraftworkError
 from graftwork.model.base import load_base
 from graftwork.programs import evaluate

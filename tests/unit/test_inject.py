@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from graftwork.config.schema import LoraConfig, ModelConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import ModelError
 from graftwork.model.base import load_base, slot_spec
 from graftwork.model.inject import Routing, inject

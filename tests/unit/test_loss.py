@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftwork.config.schema import LossConfig
+from graftwork.config.run import LossConfig
 from graftwork.training.loss import cross_entropy, policy_loss, sequence_weights
 from graftwork.training.packer import Example, MicroBatch, build
 

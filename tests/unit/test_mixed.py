@@ -17,7 +17,8 @@ from graftwork.adapters.prepare import prepare
 from graftwork.adapters.snapshot import snapshot_of
 from graftwork.adapters.source import InMemory
 from graftwork.config.load import dump
-from graftwork.config.schema import LossConfig, ModelConfig, OptimizerConfig
+from graftwork.config.run import LossConfig, OptimizerConfig
+from graftwork.config.section import ModelConfig
 from graftwork.model.attention import AttentionPlan
 from graftwork.model.base import Ask, BaseModel
 from graftwork.model.inject import Route

@@ -7,7 +7,7 @@ import torch
 from support import random_adapter
 
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec
-from graftwork.config.schema import OptimizerConfig
+from graftwork.config.run import OptimizerConfig
 from graftwork.lora.slots import SlotBank
 from graftwork.training.optim import SlotOptimizer, StepOutcome, learning_rate
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from graftwork.config.schema import AdapterConfig, ModelConfig, RunConfig
+from graftwork.config.run import AdapterConfig, RunConfig
+from graftwork.config.section import ModelConfig
 from graftwork.errors import ConfigError, RunError, ServerGone
 from graftwork.programs import orchestrator as module
 from graftwork.programs import serving

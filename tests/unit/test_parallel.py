@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from graftwork.config.schema import AdapterConfig, LossConfig, OptimizerConfig
+from graftwork.config.run import AdapterConfig, LossConfig, OptimizerConfig
 from graftwork.parallel.parts import fill, part_of
 from graftwork.parallel.watch import Beat, blame
 from graftwork.training.learner import LearnerConfig, Report, Sums

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from graftwork.config.load import dump
-from graftwork.config.schema import ModelConfig, RunConfig
+from graftwork.config.run import RunConfig
+from graftwork.config.section import ModelConfig
 from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.status import Status, read_status, write_status

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.errors import ConfigError, InferenceError, Refused, ServerGone
 from graftwork.rollouts import client as module
 from graftwork.rollouts.client import InferenceClient, read_completions

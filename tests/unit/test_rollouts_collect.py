@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_rollouts_chat import CHATML, make_base
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.errors import ConfigError, InferenceError, RunError, ServerGone
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.collect import Played, Request, Source, collect, evaluate, outcome

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_rollouts_chat import CHATML, make_base
 from test_rollouts_collect import SOURCE, FakeSampler
 
-from graftwork.config.schema import SamplingConfig
+from graftwork.config.run import SamplingConfig
 from graftwork.errors import RunError
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.collect import Request

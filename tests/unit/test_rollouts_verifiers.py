@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from graftwork.config.schema import EnvironmentConfig, SamplingConfig
+from graftwork.config.run import EnvironmentConfig, SamplingConfig
 from graftwork.errors import ConfigError, InferenceError, Refused, RunError, ServerGone
 from graftwork.rollouts.environment import load_environment
 from graftwork.rollouts.reverse_text import ReverseText

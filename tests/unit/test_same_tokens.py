@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer
 
 from graftwork.config.load import build
-from graftwork.config.schema import SamplingConfig, SftConfig
+from graftwork.config.run import SamplingConfig
+from graftwork.config.schema import SftConfig
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.rollouts.collect import Request, Source, collect
 from graftwork.rollouts.environment import Task, load_environment

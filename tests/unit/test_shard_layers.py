@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import graftwork.model.base as base_module
 from graftwork.adapters.prepare import PreparedInitAdapter
-from graftwork.config.schema import LoraConfig, ModelConfig
+from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import ModelError
 from graftwork.lora.linear import Segment
 from graftwork.lora.slots import SlotBank

@@ -13,7 +13,7 @@ import torch
 from conftest import BASE
 from transformers import AutoModelForCausalLM
 
-from graftwork.config.schema import EnvironmentConfig, SamplingConfig
+from graftwork.config.run import EnvironmentConfig, SamplingConfig
 from graftwork.errors import ConfigError, InferenceError, Refused, RunError, ServerGone
 from graftwork.inference.local import LocalSampler
 from graftwork.rollouts.chat import ChatTokenizer
@@ -199,7 +199,7 @@ def publish(folder: Path) -> Any:
 
     from graftwork.adapters.formats.peft_write import write_peft
     from graftwork.adapters.source import AdapterFacts
-    from graftwork.config.schema import LoraConfig, ModelConfig
+    from graftwork.config.section import LoraConfig, ModelConfig
     from graftwork.model.base import load_base
     from graftwork.store.disk import Disk
     from graftwork.store.layout import RunId, RunTree
