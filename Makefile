@@ -1,5 +1,5 @@
-# Every target uses .venv, which the first one that needs it sets up; test-verifiers has one of its own, as the package
-# verifiers is heavy. Nothing is installed outside them.
+# Every target uses .venv, which the first one that needs it sets up; test-vllm and test-verifiers have one each, as those
+# packages are heavy. Nothing is installed outside them.
 #
 #   make demo    the story of examples/reverse_text, from nothing to a resumed run; writes outputs/demo/report.json
 #   make test    everything but the slow tests
@@ -18,7 +18,7 @@ help:
 	@echo "make demo-smollm2    the same commands on SmolLM2-135M-Instruct, about 40 minutes"
 	@echo "make test            all tests but the slow ones"
 	@echo "make test-vllm       the real vLLM (CPU build, 2.5 GB, in an environment of its own) as the engine"
-	@echo "make test-all        the slow ones too"
+	@echo "make test-all        the slow ones too, and those of test-vllm and test-verifiers"
 	@echo "make test-verifiers  tests with the package verifiers, in .venv-verifiers (98 packages)"
 	@echo "make check           ruff and mypy"
 	@echo "make proof-main      kill and resume at full size; writes proof/main.json"
@@ -64,7 +64,7 @@ test: $(STAMP)
 test-vllm: $(STAMP) $(VLLM)/.installed
 	GRAFTWORK_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(RUN) -m pytest tests/real_vllm $(TEST_ARGS)
 
-test-all: $(STAMP) test-vllm
+test-all: $(STAMP) test-vllm test-verifiers
 	$(RUN) -m pytest $(TEST_ARGS)
 
 $(VERIFIERS)/.installed: pyproject.toml constraints.txt constraints-verifiers.txt

@@ -31,7 +31,10 @@ PYTHON = os.environ.get("GRAFTWORK_VLLM_PYTHON")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if PYTHON is None and here in item.path.parents:
+        if here not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.timeout(2 * START_SECONDS))
+        if PYTHON is None:
             item.add_marker(pytest.mark.skip(reason="needs vLLM: `make test-vllm`"))
 
 
