@@ -1,8 +1,8 @@
 """`make proof-engines`: unplug things in the middle of runs; each goes on, or stops with the reason, and never hangs.
 
-One `graftwork serve` stays up. Each trial submits a run, waits for a random step, unplugs something of a random kind
-and waits, within a limit, for the run to be finished; or for its orchestrator to end with the reason in its log, then
-mends what was unplugged, and resumes the run to its end. Every run must verify afterwards.
+A `graftwork serve` stays up for a round of all kinds. Each trial submits a run, waits for a random step, unplugs
+something of a random kind and waits, within a limit, for the run to be finished; or for its orchestrator to end with
+the reason in its log, then mends what was unplugged, and resumes the run to its end. Every run must verify afterwards.
 """
 
 from __future__ import annotations
@@ -248,17 +248,17 @@ def last_error(tree: RunTree) -> str:
     return next((line for line in reversed(lines) if line.startswith("error: ")), "")
 
 
-def draw(rng: random.Random, count: int) -> list[str]:
-    """Kinds of so many trials: every kind as often as any other, in random order."""
-    drawn = [kind for _ in range(-(-count // len(KINDS))) for kind in rng.sample(sorted(KINDS), len(KINDS))]
-    return drawn[:count]
+def draw(rng: random.Random, count: int) -> list[list[str]]:
+    """Kinds of so many trials, in rounds: each kind once in a round, in random order; the last one may be shorter."""
+    rounds = [rng.sample(sorted(KINDS), len(KINDS)) for _ in range(-(-count // len(KINDS)))]
+    return [*rounds[:-1], rounds[-1][: count - len(KINDS) * (len(rounds) - 1)]]
 
 
-def trials(stage: Stage, kinds: list[str], rng: random.Random) -> tuple[Counter[str], list[str]]:
-    """(trials that held, by kind; what fell short)"""
+def trials(stage: Stage, kinds: list[str], rng: random.Random, first: int = 0) -> tuple[Counter[str], list[str]]:
+    """(trials that held, by kind; what fell short). first: number of the first."""
     held: Counter[str] = Counter()
     failures = []
-    for number, title in enumerate(kinds):
+    for number, title in enumerate(kinds, first):
         began = time.monotonic()
         short = play(stage, f"t{number:02d}", KINDS[title], rng)
         print(f"  t{number:02d} {title}: {'; '.join(short) or 'held'} ({time.monotonic() - began:.1f} s)", flush=True)
@@ -268,14 +268,16 @@ def trials(stage: Stage, kinds: list[str], rng: random.Random) -> tuple[Counter[
 
 
 def prove_trials(proof: Proof, folder: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    stage = Stage.open(folder)
-    try:
-        held, failures = trials(stage, draw(rng, TRIALS), rng)
-    finally:
-        stage.close()
-    for failure in failures:
-        proof.check(False, failure)
+    rng, held, tried = random.Random(seed), Counter[str](), 0
+    for number, kinds in enumerate(draw(rng, TRIALS)):
+        stage = Stage.open(folder / f"round_{number}")  # anew: serve gives up a child that dies too often
+        try:
+            well, failures = trials(stage, kinds, rng, tried)
+        finally:
+            stage.close()
+        held, tried = held + well, tried + len(kinds)
+        for failure in failures:
+            proof.check(False, failure)
     figures: dict[str, Any] = dict(sorted(held.items()))
     proof.figures["held, by kind"] = figures
     proof.count("trials", TRIALS, held.total())
