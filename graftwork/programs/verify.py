@@ -11,7 +11,8 @@ What this can tell, and what it cannot:
   or the masters of a checkpoint and leave the others as they are.
 - The digest of an adapter covers its factors and scales. AdamW's moments are in no digest and no chain: a checkpoint
   whose moments were changed, with a manifest made to fit, passes. So do other companions in weight/ (tokenizer files),
-  and another tale of where the run came from (report.json, `start` and `base_fingerprint` in state.json).
+  another tale of where the run came from (report.json, `start` and `base_fingerprint` in state.json), and another
+  probe (probe.json).
 - orchestrator/state.json is compared with the batch that it was copied from, reference/ with the version of step 0,
   as long as the chain reaches back to them.
 - A batch may have been sampled from a version that was later replaced (a resume on another machine). Which ones

@@ -292,13 +292,16 @@ def test_garbage_is_found_and_raises_nothing(good: Lab, tmp_path: Path, garbage:
     holds(tree)
 
 
+UNCHAINED = ("STABLE", "report.json", "probe.json")
+
+
 @pytest.mark.parametrize(("name", "other"), [("a", "b"), ("c", "d")])
 def test_every_file_of_another_run_is_found(good: Lab, tmp_path: Path, name: str, other: str) -> None:
     """Each in the place of the run's own, under manifests that fit; but for what both have alike, and the report of
-    where step_0 came from, which no hash but its manifest's covers."""
+    where step_0 came from and the probes, which no hash but their manifest's covers."""
     tree, source = copy_of(good, name, tmp_path), good.outputs.run(RunId(other)).root
     for folder in (p for parent in (tree.rollouts, tree.broadcasts, tree.checkpoints) for p in parent.iterdir()):
-        for path in [p for p in folder.rglob("*") if p.is_file() and p.name not in ("STABLE", "report.json")]:
+        for path in [p for p in folder.rglob("*") if p.is_file() and p.name not in UNCHAINED]:
             whole, foreign = path.read_bytes(), (source / path.relative_to(tree.root)).read_bytes()
             if whole != foreign:
                 path.write_bytes(foreign)
