@@ -7,15 +7,13 @@ import inspect
 from pathlib import Path
 
 import pytest
-import reasoning_gym
-from reasoning_gym.factory import DATASETS
 
 from graftwork.errors import ConfigError
 from graftwork.rollouts.environment import Answer, load_environment
 from graftwork.rollouts.reasoning_gym import EVALUATED
 
-pytest.importorskip("reasoning_gym", reason="it needs a compiler to install: docs/environments.md")
-
+reasoning_gym = pytest.importorskip("reasoning_gym", reason="it needs a compiler to install: docs/environments.md")
+DATASETS = pytest.importorskip("reasoning_gym.factory").DATASETS
 PACKAGE = Path(reasoning_gym.__file__).parent
 EVALUATORS = ("eval", "exec", "compile", "__import__", "parse_expr", "sympify", "parse_latex", "lambdify")
 GIVEN_THE_ANSWER = {
