@@ -94,7 +94,7 @@ class Finding:
     def memory_bytes(self) -> int:
         return max(self.python_bytes, self.resident_bytes or 0)
 
-    def wrong(self) -> list[str]:
+    def wrong(self, seconds_max: float = SECONDS_MAX) -> list[str]:
         """Where it fell short; empty for a refusal as it should be."""
         case = next(case for case in CASES if case.name == self.name)
         held = {
@@ -103,7 +103,7 @@ class Finding:
             "the message does not name the folder": self.folder in self.message,
             "the message could steer a terminal": self.message.isprintable(),
             f"the message has {len(self.message)} characters": len(self.message) < MESSAGE_CHARACTERS_MAX,
-            f"{self.seconds:.2f} s of work": self.seconds < SECONDS_MAX,
+            f"{self.seconds:.2f} s of work": self.seconds < seconds_max,
             f"{self.memory_bytes} bytes of memory": self.memory_bytes < MEMORY_BYTES_MAX,
             f"opened elsewhere: {listed(self.outside)}": not self.outside,
             f"imported: {listed(self.imported)}": not self.imported,
