@@ -51,12 +51,14 @@ class Kind:
 
     strike   does it, in the middle of the run; None: the environment's mood is all
     ends     what the orchestrator's last error must say, if it ends; None: it must not, the run goes on by itself
+    must_end  whether it must not go on
     mend     undoes it, before a resume
     mood, share  of the environment
     """
 
     strike: Callable[[Stage, RunTree, random.Random], None] | None = None
     ends: str | None = None
+    must_end: bool = False
     mend: Callable[[RunTree], None] = lambda tree: None
     mood: str = "well"
     share: float = 0.0
@@ -180,9 +182,13 @@ KINDS: Mapping[str, Kind] = {
     "the orchestrator is killed": Kind(kill_orchestrator, ends=""),
     "the orchestrator stands still for a while": Kind(stop_orchestrator),
     "the environment raises now and then": Kind(mood="raises", share=0.2),
-    "the environment raises too often": Kind(mood="raises", share=0.8, ends="max_failed_share", mend=plug_in),
+    "the environment raises too often": Kind(
+        mood="raises", share=0.8, ends="max_failed_share", must_end=True, mend=plug_in
+    ),
     "the environment hangs now and then": Kind(mood="hangs", share=0.2),
-    "the environment hangs too often": Kind(mood="hangs", share=0.8, ends="max_failed_share", mend=plug_in),
+    "the environment hangs too often": Kind(
+        mood="hangs", share=0.8, ends="max_failed_share", must_end=True, mend=plug_in
+    ),
     "the disk of the samples is full": Kind(
         fill_the_disk_of_samples, ends="cannot be written ([Errno 27] File too large"
     ),
@@ -210,6 +216,8 @@ def play(stage: Stage, name: str, kind: Kind, rng: random.Random) -> list[str]:
     except TimeoutError:
         return [f"it hangs: {read_status(tree)}"]
     short = []
+    if kind.must_end and ended(tree):
+        short.append("it went on to its end, and should have stopped with the reason")
     if kind.ends is not None and not ended(tree):
         if kind.ends not in (said := last_error(tree)):
             short.append(f"its orchestrator ended without the reason {kind.ends!r}: {said!r}")

@@ -117,6 +117,10 @@ GPU_MEMORY_SPARE = 0.05
 """Share of a GPU that trainer and vLLM leave together: what their CUDA contexts take is in neither's account."""
 
 
+TRAINER_SHARE_MIN = 0.1
+"""Less of a GPU than this is of no use to a trainer that takes what vLLM leaves."""
+
+
 def shares_gpu(model: ModelConfig, inference: InferenceSection) -> bool:
     """Whether trainer and a vLLM of ours may find themselves on one GPU."""
     ours = inference.engine == "vllm" and inference.base_url is None
@@ -125,12 +129,14 @@ def shares_gpu(model: ModelConfig, inference: InferenceSection) -> bool:
 
 def refuse_crowded_gpu(model: ModelConfig, trainer: TrainerSection, inference: InferenceSection) -> None:
     """Raises ValueError when both together ask for more memory than a GPU that they share has."""
-    if trainer.gpu_memory_fraction is None or not shares_gpu(model, inference):
+    if not shares_gpu(model, inference):
         return
-    total = trainer.gpu_memory_fraction + inference.vllm.gpu_memory_fraction
+    least = trainer.gpu_memory_fraction or TRAINER_SHARE_MIN
+    given = "" if trainer.gpu_memory_fraction else " (at least)"
+    total = least + inference.vllm.gpu_memory_fraction
     if total > 1 - GPU_MEMORY_SPARE + 1e-9:
         raise ValueError(
-            f"trainer.gpu_memory_fraction {trainer.gpu_memory_fraction:g} and inference.vllm.gpu_memory_fraction "
+            f"trainer.gpu_memory_fraction {least:g}{given} and inference.vllm.gpu_memory_fraction "
             f"{inference.vllm.gpu_memory_fraction:g} are {total:g} of one GPU, which has room for "
             f"{1 - GPU_MEMORY_SPARE:g}; lower one, or give vLLM a GPU of its own (inference.vllm.gpus)"
         )

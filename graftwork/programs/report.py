@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from graftwork.errors import ConfigError
 from graftwork.programs.progress import clock, number
 from graftwork.programs.start import Start
 from graftwork.programs.vllm import max_lora_rank
@@ -63,13 +64,19 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 def _how_to_use(start: Start, weight: Path) -> list[str]:
     base = start.config.model.path
     rank = int(read_json(weight / "adapter_config.json", "adapter").get("r", start.config.lora.max_rank))
-    room = max_lora_rank(rank)
+    try:
+        serve = [
+            "serve it:",
+            f"  vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank(rank)} "
+            f"--lora-modules {start.tree.id}={weight}",
+        ]
+    except ConfigError:  # vLLM has no room for such a rank
+        serve = []
     return [
         "load it in Python:",
         "  from peft import PeftModel; from transformers import AutoModelForCausalLM",
         f'  model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{weight}")',
-        "serve it:",
-        f"  vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {start.tree.id}={weight}",
+        *serve,
     ]
 
 

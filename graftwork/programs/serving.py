@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from graftwork.errors import BadRunId, InferenceError, Refused, ServerGone, WrongAdapter
 from graftwork.rollouts.client import InferenceClient
-from graftwork.rollouts.probe import Finding, Probe, judge
+from graftwork.rollouts.probe import Finding, Probe, judge, refuse_raw_logprobs
 from graftwork.store.layout import RunId
 from graftwork.store.queue import Published, parse_version_name
 
@@ -27,6 +27,7 @@ REFUSED_PAUSE_SECONDS = 1.0
 to notice that another run does not need its place any more."""
 PROBED_TOKENS = 20
 """Likeliest next tokens that a server is asked for: as many as vLLM gives unless told otherwise."""
+PROBED_TEMPERATURE = 0.5
 LEAVE_SECONDS = 3.0
 """Longest wait for inference at the end; what it was told to unload, it unloads in its own time."""
 
@@ -40,6 +41,8 @@ class Serving:
     probe_tolerance: float
     findings: dict[str, Finding] = field(default_factory=dict)
     """By name: what probing found of versions that the server is known to hold, where it cannot name what it holds."""
+    temperature_checked: bool = False
+    """Whether a server that is not ours was seen to give log-probs of the distribution that it samples from."""
 
     async def from_one_server(self, published: Published, what: str, work: Callable[[], Awaitable[T]]) -> T:
         """What `work` gives, all of it sampled by one server that holds this version.
@@ -115,7 +118,15 @@ class Serving:
     async def probe(self, published: Published) -> None:
         """Raises WrongAdapter."""
         probe, name = Probe.read(published.path), published.version.name
+        if probe is None:
+            log.warning("run %s: %s was published without a probe, by an older trainer; undecided", self.run, name)
+            self.findings[name] = Finding("undecided", None, None, None, self.probe_tolerance)
+            return
         served = await self.client.next_tokens(name, probe.prompt, PROBED_TOKENS)
+        if not self.temperature_checked:
+            sharp = await self.client.next_tokens(name, probe.prompt, PROBED_TOKENS, PROBED_TEMPERATURE)
+            refuse_raw_logprobs(served, sharp, PROBED_TEMPERATURE)
+            self.temperature_checked = True
         try:
             self.findings[name] = finding = judge(probe, served, self.probe_tolerance)
         except WrongAdapter as error:

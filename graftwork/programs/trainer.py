@@ -40,8 +40,9 @@ def main(config: TrainerConfig) -> None:
             ranks, sharded=config.base_placement == "sharded",
             activation_checkpointing=config.activation_checkpointing, compile_layers=config.compile_layers,
         )  # fmt: skip
-        if config.gpu_memory_fraction is not None and pick_device(config.model.device).type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction)
+        device = pick_device(config.model.device)
+        if config.gpu_memory_fraction is not None and device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction, device)
         base = load_base(config.model, config.lora, placement)
         if ranks.leads:
             lead(config, base)

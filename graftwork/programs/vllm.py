@@ -25,14 +25,19 @@ from pathlib import Path
 
 from graftwork.config.schema import InferenceConfig
 from graftwork.errors import ConfigError, ProgramFailed
+from graftwork.logs import say
 from graftwork.programs.listening import listen, url_of
 from graftwork.programs.processes import noted_signals
 from graftwork.programs.start import is_well
+from graftwork.rollouts.probe import PROMPT_TOKENS_MAX
 from graftwork.store.disk import Disk
+from graftwork.store.files import read_json
 
 MODULE = "vllm.entrypoints.openai.api_server"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank accepts."""
+NVIDIA = Path("/dev/nvidiactl")
+"""There where NVIDIA's driver is."""
 POLL_SECONDS = 0.5
 GUARD = """
 import contextlib, os, signal, sys
@@ -45,7 +50,7 @@ if group:
 END_GRACE_SECONDS = 8.0
 """From SIGTERM to SIGKILL; less than what `Programs` gives this process."""
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
-ON_CPU = {
+ON_CPU: dict[str, str] = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer runs on the same cores
     "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than what it saves
@@ -77,7 +82,7 @@ def main(config: InferenceConfig) -> None:
 def announce(config: InferenceConfig, url: str) -> None:
     if config.ready_file is not None:
         Disk().publish_json(Path(config.ready_file), {"url": url, "pid": os.getpid()})
-    print(f"inference: vLLM serves {config.model.path} on {url}", flush=True)
+    say(f"inference: vLLM serves {config.model.path} on {url}", stream=sys.stdout)
 
 
 @contextmanager
@@ -121,7 +126,7 @@ def command(config: InferenceConfig, port: int) -> list[str]:
         "--port": str(port),
         "--max-loras": str(config.max_adapters),
         "--max-lora-rank": str(max_lora_rank(config.lora.max_rank)),
-        "--max-model-len": str(config.max_model_len),
+        "--max-model-len": str(context_length(config)),
         "--max-num-seqs": str(config.max_sequences),
         "--gpu-memory-utilization": str(config.vllm.gpu_memory_fraction),
         "--logprobs-mode": "processed_logprobs",
@@ -143,9 +148,22 @@ def max_lora_rank(rank: int) -> int:
     return room
 
 
+def on_cpu(config: InferenceConfig) -> bool:
+    """Whether this is for vLLM's CPU build."""
+    return config.model.device == "cpu" or (config.model.device == "auto" and not NVIDIA.exists())
+
+
+def context_length(config: InferenceConfig) -> int:
+    """Room for the probe, and no more than the base has positions, where its config.json is here to say."""
+    wanted = max(config.max_model_len, PROMPT_TOKENS_MAX + 1)
+    file = Path(config.model.path) / "config.json"
+    positions = read_json(file, "base model").get("max_position_embeddings") if file.is_file() else None
+    return min(wanted, positions) if isinstance(positions, int) else wanted
+
+
 def environment(config: InferenceConfig, given: Mapping[str, str]) -> dict[str, str]:
     """Pure."""
-    found = {**ON_CPU, **given, **ENVIRONMENT}
+    found = {**(ON_CPU if on_cpu(config) else {}), **given, **ENVIRONMENT}
     if config.threads:
         found["OMP_NUM_THREADS"] = str(config.threads)
     if config.vllm.gpus is not None:

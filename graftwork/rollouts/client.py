@@ -91,11 +91,13 @@ class InferenceClient:
                 "may answer for the bare base with one of them"
             )
 
-    async def next_tokens(self, model: str, prompt: Sequence[int], count: int) -> dict[int, float]:
+    async def next_tokens(
+        self, model: str, prompt: Sequence[int], count: int, temperature: float = 1.0
+    ) -> dict[int, float]:
         """Log-probs of the `count` tokens that `model` finds likeliest to come next; asked of vLLM, by an ordinary
         completion (prompt_logprobs beside requests with adapters kill its engine)."""
         payload: dict[str, Any] = {
-            "model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": 1.0, "top_p": 1.0,
+            "model": model, "prompt": list(prompt), "max_tokens": 1, "temperature": temperature, "top_p": 1.0,
             "logprobs": count, "return_token_ids": True, "return_tokens_as_token_ids": True, **VLLM_DEFAULTS,
         }  # fmt: skip
         answer = await self._json("POST", "/v1/completions", payload)

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from graftwork.errors import Damaged, WrongAdapter
+from graftwork.errors import Damaged, InferenceError, WrongAdapter
 from graftwork.store.files import read_json
 
 PROBE_FILE = "probe.json"
+PROMPT_TOKENS_MAX = 160
+"""Of a probe's prompt: more than a block of vLLM's prefix cache on any device, so that what it wrongly keeps of another
+adapter is seen."""
+TOLD_APART = 0.2
+"""In nats. Tokens that are nearer to one another say nothing about temperatures."""
 Outcome = Literal["verified", "undecided"]
 
 
@@ -30,8 +35,10 @@ class Probe:
     base: tuple[float, ...] | None
 
     @staticmethod
-    def read(folder: Path) -> Probe:
-        """Of a published version. Raises Damaged."""
+    def read(folder: Path) -> Probe | None:
+        """Of a published version; None where its trainer did not publish one yet. Raises Damaged."""
+        if not (folder / PROBE_FILE).exists():
+            return None
         found = read_json(folder / PROBE_FILE, "probe")
         try:
             prompt, tokens = (tuple(int(i) for i in found[key]) for key in ("prompt", "tokens"))
@@ -66,7 +73,7 @@ class Finding:
     def __str__(self) -> str:
         """`verified: within 0.0021 (tolerance 0.03); the version before is 0.1210 from it, the base 2.5312`"""
         if self.gap is None:
-            return f"{self.outcome}: the trainer's log-probs are not finite"
+            return f"{self.outcome}: the trainer has no log-probs to compare with"
         said = f"{self.outcome}: within {self.gap:.4f} (tolerance {self.tolerance:g})"
         others = {"the version before": self.previous_gap, "the base": self.base_gap}
         told = [f"{name} is {value:.4f} from it" for name, value in others.items() if value is not None]
@@ -95,6 +102,18 @@ def judge(probe: Probe, served: Mapping[int, float], tolerance: float) -> Findin
         )
     apart = base is not None and all(other > 2 * tolerance for other in (previous, base) if other is not None)
     return Finding("verified" if apart else "undecided", gap, previous, base, tolerance)
+
+
+def refuse_raw_logprobs(plain: Mapping[int, float], sharp: Mapping[int, float], temperature: float) -> None:
+    """Raises InferenceError for a server whose log-probs leave the temperature out. plain, sharp: what it says of its
+    likeliest next tokens at temperature 1 and at `temperature`, where they must lie 1 / temperature as far apart."""
+    tokens = plain.keys() & sharp.keys()
+    apart, sharply = (max(said[t] for t in tokens) - min(said[t] for t in tokens) for said in (plain, sharp))
+    if apart > TOLD_APART and sharply < apart * (1 + 1 / temperature) / 2:
+        raise InferenceError(
+            "its log-probs are not those of the distribution that it samples from: they do not change with the "
+            "temperature. Start vLLM with --logprobs-mode processed_logprobs (docs/vllm.md)"
+        )
 
 
 def _gap(one: Sequence[float] | None, other: Sequence[float] | None) -> float | None:

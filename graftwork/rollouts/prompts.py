@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,6 @@ from graftwork.rollouts.rows import Row, dataset_rows, jsonl_rows, messages_of
 
 log = logging.getLogger(__name__)
 
-Scorer = Callable[[Task, Answer], float]
-"""The reward of an answer, a finite number. `task.data` holds the row's other columns, and "answer"."""
-
 
 class Prompts(SingleTurn):
     """Options: path (JSONL) or dataset, and with the latter split and revision; heldout_path or heldout_split;
@@ -42,7 +39,7 @@ class Prompts(SingleTurn):
         self,
         path: str | None = None,
         dataset: str | None = None,
-        split: str = "train",
+        split: str | None = None,
         revision: str | None = None,
         heldout_path: str | None = None,
         heldout_split: str | None = None,
@@ -54,6 +51,8 @@ class Prompts(SingleTurn):
         """Raises ConfigError, naming the option, or the file and the row."""
         if (path is None) == (dataset is None):
             raise ConfigError("environment prompts: give one of path (a JSONL file) and dataset")
+        if path is not None and (split, revision) != (None, None):
+            raise ConfigError("environment prompts: split and revision belong to a dataset, and path is a file")
         if heldout_path is not None and heldout_split is not None:
             raise ConfigError("environment prompts: give heldout_path or heldout_split, not both")
         if heldout_split is not None and dataset is None:
@@ -64,7 +63,7 @@ class Prompts(SingleTurn):
             raise ConfigError(f"environment prompts: heldout_one_in = {heldout_one_in!r} is no whole number above 1")
         self.scorer = exact if scorer == "exact" else named("scorer", scorer)
         columns = (messages_column, answer_column)
-        rows = jsonl_rows(Path(path)) if path is not None else dataset_rows(str(dataset), split, revision)
+        rows = jsonl_rows(Path(path)) if path is not None else dataset_rows(str(dataset), split or "train", revision)
         tasks = [_task(row, *columns) for row in rows]
         if heldout_path is None and heldout_split is None:
             heldout = [task for task in tasks if hash_of(task.messages) % heldout_one_in == 0]

@@ -161,8 +161,11 @@ class VerifiersEnvironment:
             self._env = vf.load_environment(vf.resolve_env_config({**options, "taskset": taskset}))
             self._client("http://127.0.0.1", ".", 1.0, None)  # refuses a renderer that there is not
             self.tasks = Tasks(self._env.taskset, heldout, config.name)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(f"environment {config.name!r} cannot be made: {error}") from error
+        except GraftworkError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"environment {config.name!r} cannot be made: {what}") from error
 
     async def play(
         self, tokenizer: ChatTokenizer, sampler: Sampler, source: Source, request: Request
@@ -178,7 +181,14 @@ class VerifiersEnvironment:
         digest = source.digest if await sampler.lists_digest(source.model, source.digest) else None
         client = self._client(sampler.url, str(tokenizer.source), sampler.timeout_seconds, digest)
         split = self.tasks.split
-        tasks = self.tasks.get(split.numbers(request.seed, request.split, request.first_index, request.prompts))
+        numbers = split.numbers(request.seed, request.split, request.first_index, request.prompts)
+        try:
+            tasks = self.tasks.get(numbers)
+        except GraftworkError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RunError(f"environment {self.config.name!r} gives no tasks {min(numbers)} and on: {what}") from error
         gate = asyncio.Semaphore(self.config.max_concurrent)
 
         async def one(p: int, s: int) -> Played:

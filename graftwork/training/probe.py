@@ -18,9 +18,8 @@ from graftwork.lora.linear import Segment
 from graftwork.lora.slots import SlotBank
 from graftwork.model.attention import Group, PackedPlan
 from graftwork.model.base import Ask, BaseModel, Route
+from graftwork.rollouts.probe import PROMPT_TOKENS_MAX
 
-PROMPT_TOKENS = 160
-"""More than a block of vLLM's prefix cache on any device, so that what it wrongly keeps of another adapter is seen."""
 PROMPT_IDS = 1024
 """The prompt is drawn from the ids below this: in most vocabularies letters and short, frequent tokens."""
 CANDIDATES = 8
@@ -31,8 +30,8 @@ Distribution = NDArray[np.float32]
 
 
 def probe_prompt(vocab_size: int, max_positions: int) -> list[int]:
-    """Token ids [up to PROMPT_TOKENS], the same for all versions of all runs of a base."""
-    count = max(1, min(PROMPT_TOKENS, max_positions - 1))
+    """Token ids [up to PROMPT_TOKENS_MAX], the same for all versions of all runs of a base."""
+    count = max(1, min(PROMPT_TOKENS_MAX, max_positions - 1))
     drawn = np.random.Generator(np.random.PCG64(0)).integers(0, min(vocab_size, PROMPT_IDS), count)
     return [int(token) for token in drawn]
 

@@ -193,7 +193,8 @@ class FakeServer:
         return 200, self.complete(body)
 
     def probed(self, body: dict[str, Any]) -> dict[str, Any]:
-        found = {f"token_id:{70 + i}": value for i, value in enumerate(likely(self.adapters[body["model"]]))}
+        said = [value / body["temperature"] for value in likely(self.adapters[body["model"]])]
+        found = {f"token_id:{70 + i}": value for i, value in enumerate(said)}
         logprobs = {"token_logprobs": [-1.0], "top_logprobs": [found]}
         choice = {"index": 0, "token_ids": [70], "logprobs": logprobs, "finish_reason": "length"}
         return {"model": body["model"], "choices": [choice]}

@@ -260,6 +260,7 @@ def test_the_probe_is_of_this_version_and_of_no_other(bench: Bench, talk: Talk) 
     async def work(client: InferenceClient, serving: Serving) -> None:
         await serving.serve(versions[0])
         probe = Probe.read(versions[1].path)
+        assert probe is not None
         for model, who in ((versions[0].version.name, "version before"), (BASE, "bare base")):
             served = await client.next_tokens(model, probe.prompt, 20)
             with pytest.raises(WrongAdapter, match=f"the {who} does"):

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftwork.adapters.prepare import PreparedInitAdapter
-from graftwork.errors import Damaged, Refused, WrongAdapter
+from graftwork.errors import Damaged, InferenceError, Refused, WrongAdapter
 from graftwork.model.base import BaseModel
 from graftwork.programs.serving import Serving
-from graftwork.rollouts.probe import Probe, judge
+from graftwork.rollouts.probe import Probe, judge, refuse_raw_logprobs
 from graftwork.store.layout import RunId
 from graftwork.store.queue import Published, Version
 from graftwork.training.learner import Banks
@@ -104,6 +104,15 @@ def test_verified_means_that_no_other_adapter_could_have_answered_so(
         assert max(abs(served[i] - other[i]) for i in TOKENS) > 0.0301
 
 
+def test_log_probs_that_leave_the_temperature_out_are_refused() -> None:
+    plain = says(THIS)
+    sharp = {token: 2 * value + 0.7 for token, value in plain.items()}
+    refuse_raw_logprobs(plain, sharp, 0.5)
+    with pytest.raises(InferenceError, match="processed_logprobs"):
+        refuse_raw_logprobs(plain, plain, 0.5)
+    refuse_raw_logprobs({1: -1.0, 2: -1.1}, {1: -1.0, 2: -1.1}, 0.5)  # too near to say
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +125,7 @@ def test_what_the_trainer_writes_is_what_the_orchestrator_reads(tmp_path: Path) 
     assert written[1] == written[2], "a version that was skipped is compared with the last one that differed"
     (tmp_path / "probe.json").write_text(json.dumps(written[1]))
     read = Probe.read(tmp_path)
+    assert read is not None
     best = np.argsort(-second, kind="stable")[:CANDIDATES]
     assert (read.prompt, read.tokens) == ((4, 5), tuple(best.tolist()))
     assert read.version == tuple(second[best].tolist())
@@ -190,7 +200,11 @@ class FakeVllm:
     async def served_models(self) -> list[str]:
         return ["base", *self.held]
 
-    async def next_tokens(self, model: str, prompt: tuple[int, ...], count: int) -> dict[int, float]:
+    async def next_tokens(
+        self, model: str, prompt: tuple[int, ...], count: int, temperature: float = 1.0
+    ) -> dict[int, float]:
+        if temperature != 1:
+            return {token: value / temperature for token, value in says(self.held[model]).items()}
         self.calls.append("probe")
         return says(self.held[model])
 
@@ -220,6 +234,12 @@ def test_a_version_is_probed_once_when_it_is_loaded(published: Published) -> Non
     serving = serve(server, published, times=3)
     assert server.calls == ["load", "probe"]
     assert serving.findings[published.version.name].outcome == "verified"
+
+
+def test_a_version_of_an_older_trainer_has_no_probe_and_is_undecided(published: Published) -> None:
+    (published.path / "probe.json").unlink()
+    serving = serve(FakeVllm({published.path: THIS}), published)
+    assert serving.findings[published.version.name].outcome == "undecided"
 
 
 def test_one_that_is_there_already_is_probed_and_not_loaded(published: Published) -> None:

@@ -14,6 +14,7 @@ import pytest
 from graftwork.config.load import build, dump
 from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, trainer_share
 from graftwork.errors import ConfigError
+from graftwork.programs import vllm
 from graftwork.programs.start import absolute, said_by
 from graftwork.programs.vllm import command, environment, max_lora_rank
 
@@ -58,14 +59,14 @@ def test_log_probs_are_those_of_the_sampled_distribution_and_nothing_comes_from_
 
 def test_settings_become_vllms_own_flags() -> None:
     config = inference(
-        model={"path": "base", "dtype": "float32"}, lora={"max_rank": 12}, max_adapters=3, max_model_len=99,
+        model={"path": "base", "dtype": "float32"}, lora={"max_rank": 12}, max_adapters=3, max_model_len=300,
         max_sequences=7, vllm={"python": "/there/python", "gpu_memory_fraction": 0.3, "arguments": ["--enforce-eager"]},
     )  # fmt: skip
     assert command(config, 1)[:2] == ["/there/python", "-m"]
     assert command(config, 1)[-1] == "--enforce-eager"
     found = flags(config)
     expected = {
-        "--max-loras": "3", "--max-model-len": "99", "--max-num-seqs": "7", "--dtype": "float32",
+        "--max-loras": "3", "--max-model-len": "300", "--max-num-seqs": "7", "--dtype": "float32",
         "--max-lora-rank": "16", "--gpu-memory-utilization": "0.3",
     }  # fmt: skip
     assert {flag: found[flag] for flag in expected} == expected
@@ -90,6 +91,24 @@ def test_adapters_may_be_loaded_at_run_time_and_other_variables_are_the_users() 
     assert (found["OMP_NUM_THREADS"], found["CUDA_VISIBLE_DEVICES"]) == ("3", "1")
 
 
+def test_settings_for_cpus_are_for_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def compiles(device: str) -> bool:
+        return "TORCHDYNAMO_DISABLE" not in environment(inference(model={"path": "base", "device": device}), {})
+
+    monkeypatch.setattr(vllm, "NVIDIA", tmp_path / "absent")
+    assert [compiles(device) for device in ("cpu", "auto", "cuda:1")] == [False, False, True]
+    monkeypatch.setattr(vllm, "NVIDIA", tmp_path)
+    assert [compiles(device) for device in ("cpu", "auto", "cuda:1")] == [False, True, True]
+
+
+def test_the_probe_has_room_and_the_base_its_positions(tmp_path: Path) -> None:
+    assert flags(inference(max_model_len=64))["--max-model-len"] == "161"
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    model = {"path": str(tmp_path)}
+    assert flags(inference(model=model, max_model_len=1024))["--max-model-len"] == "512"
+    assert flags(inference(model=model, max_model_len=300))["--max-model-len"] == "300"
+
+
 # --- one GPU for two --------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +124,8 @@ def test_shares_of_a_gpu_that_cannot_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="of one GPU"):
         tables = {"trainer": {"gpu_memory_fraction": 0.6}, "inference": {"engine": "vllm", "max_adapters": 9}}
         build(ServeConfig, {"model": {"path": "base"}, **tables}, source="test")
+    with pytest.raises(ConfigError, match=r"0\.1 \(at least\) and .* 0\.9 are 1 of one GPU"):
+        rl(vllm={"gpu_memory_fraction": 0.9})
     assert rl(trainer={"gpu_memory_fraction": 0.5}).trainer.gpu_memory_fraction == 0.5
 
 
