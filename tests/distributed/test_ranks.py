@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_job_which_says_who_and_goes_on_to_the_same_bytes
 ) -> None:
     # A communication with the dead rank that hangs (seen once) is ended by the watch, before torchrun's
     # patience with this one is over, which is 30 s.
-    struck = job("killed", 2, rank_timeout_seconds=15)
+    struck = job("killed", 2, rank_timeout_seconds=20)
     strike = Strike(struck, rank=1, versions=7, number=signal.SIGKILL)
     struck.run(strike)
     assert struck.wrong() == [] and struck.outcomes() == whole.outcomes()
