@@ -105,7 +105,6 @@ def test_advantages_are_centred_over_the_samples_of_a_prompt(server: str) -> Non
         rows = [row for row in collected.rows if row["prompt_index"] == prompt]
         mean = sum(row["reward"] for row in rows) / 3
         assert [row["advantage"] for row in rows] == pytest.approx([row["reward"] - mean for row in rows], abs=1e-5)
-    assert collected.mean_reward == pytest.approx(sum(row["reward"] for row in collected.rows) / 12)
 
 
 def test_the_same_seed_asks_for_the_same_tasks_and_the_same_draws(server: str) -> None:
