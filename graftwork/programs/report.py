@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from graftwork.errors import ConfigError
 from graftwork.programs.progress import clock, number
 from graftwork.programs.start import Start
-from graftwork.programs.vllm import max_lora_rank
+from graftwork.programs.vllm import room_for
 from graftwork.store.files import read_json, read_lines
 from graftwork.store.layout import RunTree, stable_steps
 
@@ -64,19 +63,16 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 def _how_to_use(start: Start, weight: Path) -> list[str]:
     base = start.config.model.path
     rank = int(read_json(weight / "adapter_config.json", "adapter").get("r", start.config.lora.max_rank))
-    try:
-        serve = [
-            "serve it:",
-            f"  vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank(rank)} "
-            f"--lora-modules {start.tree.id}={weight}",
-        ]
-    except ConfigError:  # vLLM has no room for such a rank
-        serve = []
+    room = room_for(rank)
+    serve = [
+        "serve it:",
+        f"  vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {start.tree.id}={weight}",
+    ]
     return [
         "load it in Python:",
         "  from peft import PeftModel; from transformers import AutoModelForCausalLM",
         f'  model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{weight}")',
-        *serve,
+        *(serve if room is not None else []),
     ]
 
 

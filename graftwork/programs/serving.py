@@ -42,7 +42,7 @@ class Serving:
     findings: dict[str, Finding] = field(default_factory=dict)
     """By name: what probing found of versions that the server is known to hold, where it cannot name what it holds."""
     temperature_checked: bool = False
-    """Whether a server that is not ours was seen to give log-probs of the distribution that it samples from."""
+    """Whether the server was seen to give log-probs of the distribution that it samples from; asked as findings are."""
 
     async def from_one_server(self, published: Published, what: str, work: Callable[[], Awaitable[T]]) -> T:
         """What `work` gives, all of it sampled by one server that holds this version.
@@ -116,7 +116,7 @@ class Serving:
             await self.probe(published)
 
     async def probe(self, published: Published) -> None:
-        """Raises WrongAdapter."""
+        """Raises WrongAdapter, and InferenceError for log-probs of another distribution than the sampled one."""
         probe, name = Probe.read(published.path), published.version.name
         if probe is None:
             log.warning("run %s: %s was published without a probe, by an older trainer; undecided", self.run, name)
@@ -125,7 +125,10 @@ class Serving:
         served = await self.client.next_tokens(name, probe.prompt, PROBED_TOKENS)
         if not self.temperature_checked:
             sharp = await self.client.next_tokens(name, probe.prompt, PROBED_TOKENS, PROBED_TEMPERATURE)
-            refuse_raw_logprobs(served, sharp, PROBED_TEMPERATURE)
+            try:
+                refuse_raw_logprobs(served, sharp, PROBED_TEMPERATURE)
+            except InferenceError as error:
+                raise InferenceError(f"run {self.run}: {self.client.url}: {error}") from None
             self.temperature_checked = True
         try:
             self.findings[name] = finding = judge(probe, served, self.probe_tolerance)

@@ -140,9 +140,14 @@ def command(config: InferenceConfig, port: int) -> list[str]:
     return [python, "-m", MODULE, *pairs, "--enable-lora", *config.vllm.arguments]
 
 
+def room_for(rank: int) -> int | None:
+    """The smallest --max-lora-rank that vLLM accepts and that has room; None where there is none."""
+    return next((size for size in RANKS if size >= rank), None)
+
+
 def max_lora_rank(rank: int) -> int:
-    """The smallest that vLLM accepts and that has room. Raises ConfigError."""
-    room = next((size for size in RANKS if size >= rank), None)
+    """The same. Raises ConfigError where there is none."""
+    room = room_for(rank)
     if room is None:
         raise ConfigError(f"lora.max_rank is {rank}; vLLM has room for {RANKS[-1]} at most")
     return room
