@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 VERIFIERS := .venv-verifiers
 
-.PHONY: help demo demo-smollm2 test test-vllm test-verifiers test-all check proof-main proof-adapters proof-tenants proof-sharded proof-engines clean
+.PHONY: help demo demo-smollm2 test test-vllm test-verifiers test-all check proof-main proof-adapters proof-tenants proof-sharded proof-engines bench bench-reward clean
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
@@ -26,6 +26,8 @@ help:
 	@echo "make proof-tenants   many runs on one trainer: isolation, faults, fairness, forgeries; writes proof/tenants.json"
 	@echo "make proof-sharded   one trainer of several ranks: gradients, checkpoints, faults, kills, memory; writes proof/sharded.json"
 	@echo "make proof-engines   things are unplugged in the middle of 50 runs: each goes on, or stops with the reason; writes proof/engines.json"
+	@echo "make bench           speed and memory against PEFT and TRL; appends to bench/results (ONLY=name for one)"
+	@echo "make bench-reward    seconds to a reward, against TRL: three seeds, about an hour"
 	@echo "make clean           remove environments and caches; outputs/ and proof/ stay"
 
 # The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
@@ -93,6 +95,18 @@ proof-sharded: $(STAMP)
 
 proof-engines: $(STAMP)
 	$(RUN) -m proofs.engines $(PROOF_ARGS)
+
+$(VENV)/.bench: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(VENV)/.bench
+	$(RUN) -m bench $(ONLY) $(BENCH_ARGS)
+	$(RUN) -m bench.table
+
+bench-reward: $(VENV)/.bench
+	$(RUN) -m bench reward_vs_trl $(BENCH_ARGS)
+	$(RUN) -m bench.table
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(VERIFIERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
