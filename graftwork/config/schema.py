@@ -36,6 +36,9 @@ class TrainerSection(ProgramSection):
     """Most tokens in one forward and backward pass; a longer single sequence is refused."""
     logprob_chunk_tokens: Positive = 2048
     """Loss positions whose logits exist at the same time."""
+    share_prompts: bool = True
+    """Compute the prompt that several answers of a micro-batch begin with once, not once an answer: equal to rounding.
+    Both ways a run is the same beside other runs as alone, and resumes to the bit."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Most of a GPU's memory that the trainer takes. Not given: all, or what a vLLM on the same GPU leaves."""
     poll_interval_seconds: PositiveFloat = 0.02

@@ -3,11 +3,14 @@
 transformers hands every attention layer's q, k, v to `attend`; the `plan` that travels down the model's keyword
 arguments says which rows are which sequence. There is no T x T mask: a NaN that is masked out still spreads through a
 shared softmax (0 * NaN = NaN), and a mask over packed rows is quadratic work for nothing.
+
+Sequences that begin alike, as the answers to one prompt do, may share the rows of their beginning (`Families`): a row
+depends on those before it alone, so that it is the same in all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +39,37 @@ class Group:
     count: int
     length: int
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.count * self.length)
+
+    def moved(self, rows: int) -> Group:
+        return Group(self.start + rows, self.count, self.length)
+
+    def sequences(self, flat: Tensor) -> Tensor:
+        """(count, H, length, D) of rows (H, T, D)."""
+        return flat[:, self.rows].unflatten(1, (self.count, self.length)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Own:
+    """What sequences have of their own behind a beginning that they share with others. family [count] int64: whose."""
+
+    group: Group
+    family: Tensor
+
+
+@dataclass(frozen=True)
+class Families:
+    """Families of sequences that begin alike, all with beginnings of one length: `beginnings` has one sequence a
+    family, whose rows are computed once; `own` follows right behind, and has what each sequence goes on with."""
+
+    beginnings: Group
+    own: Sequence[Own]
+
+    def moved(self, rows: int) -> Families:
+        return Families(self.beginnings.moved(rows), [Own(each.group.moved(rows), each.family) for each in self.own])
+
 
 @dataclass(frozen=True)
 class PackedPlan:
@@ -44,21 +78,69 @@ class PackedPlan:
     `groups` cover all rows in order. Sequences of one length share a call; each is a batch entry of its own.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[Group | Families]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        outputs = [self._attend_group(group, q, k, v, scale) for group in self.groups]
+        outputs = [out for group in self.groups for out in _attended(group, q, k, v, scale)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_group(self, group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        rows = slice(group.start, group.start + group.count * group.length)
-        shape = (group.count, group.length)
-        parts = (t[:, rows].unflatten(1, shape).transpose(0, 1) for t in (q, k, v))  # (count, H, length, D)
-        q, k, v = parts
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    def moved(self, rows: int) -> PackedPlan:
+        """The same sequences, so many rows further down."""
+        return PackedPlan([group.moved(rows) for group in self.groups])
+
+
+def _attended(group: Group | Families, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[Tensor]:
+    """The group's rows in order, in pieces [rows, Hq, D]."""
+    if isinstance(group, Group):
+        yield _causal(group.sequences(q), group.sequences(k), group.sequences(v), scale)
+        return
+    yield from _attended(group.beginnings, q, k, v, scale)
+    beginnings = [group.beginnings.sequences(t) for t in (k, v)]
+    for own in group.own:
+        keys, values = (
+            torch.cat([_Spread.apply(begun, own.family), own.group.sequences(t)], 2)
+            for begun, t in zip(beginnings, (k, v), strict=True)
         )
-        return out.transpose(1, 2).flatten(0, 1)  # (rows, Hq, D)
+        yield _causal_behind(own.group.sequences(q), keys, values, scale)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q (count, Hq, length, D), k and v (count, Hkv, length, D); returns [count * length, Hq, D]."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _causal_behind(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """As `_causal`, for q (count, Hq, length, D) that are the last of the positions of k and v (count, Hkv, L, D).
+
+    Query heads that share a key head become rows of it: with a mask, not every kernel knows of groups of heads.
+    """
+    length, heads, keys = q.shape[2], q.shape[1], k.shape[1]
+    seen = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - length)
+    rows = q.unflatten(1, (keys, heads // keys)).flatten(2, 3)  # (count, Hkv, heads a key head * length, D)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        rows, k, v, attn_mask=seen.repeat(heads // keys, 1), scale=scale
+    )
+    return out.unflatten(2, (heads // keys, length)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
+
+
+class _Spread(torch.autograd.Function):
+    """[families, ...] to [sequences, ...], each sequence its family's. Backwards a product with zeros and ones: sums
+    without atomics, so that the same rows give the same bits."""
+
+    @staticmethod
+    def forward(ctx: Any, begun: Tensor, family: Tensor) -> Tensor:
+        ctx.save_for_backward(family)
+        ctx.families = begun.shape[0]
+        return begun[family]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (family,) = ctx.saved_tensors
+        is_of = family == torch.arange(ctx.families, device=grad.device)[:, None]  # (families, sequences)
+        return (is_of.to(grad.dtype) @ grad.flatten(1)).view(-1, *grad.shape[1:]), None
 
 
 @torch.compiler.disable

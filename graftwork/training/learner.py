@@ -38,6 +38,7 @@ class LearnerConfig:
     temperature: float
     tokens_per_micro_batch: int
     logprob_chunk_tokens: int
+    share_prompts: bool = True
 
     @property
     def needs_reference(self) -> bool:
@@ -163,7 +164,10 @@ class Learner:
             [e.loss_tokens for e in self.examples], self.config.loss or LossConfig(), [e.sample for e in self.examples]
         )
         base, budget = self.banks.base, self.config.tokens_per_micro_batch
-        rounds = pack(self.examples, weights, budget, base.device, base.ranks.rank, base.ranks.size)
+        rounds = pack(
+            self.examples, weights, budget, base.device, base.ranks.rank, base.ranks.size,
+            share=self.config.share_prompts,
+        )  # fmt: skip
         self.rounds = rounds[::-1]
 
     def loss_of(self, micro: MicroBatch, found: LogProbs, reference: LogProbs | None) -> Tensor:
@@ -181,7 +185,7 @@ class Learner:
 
     def _record(self, micro: MicroBatch, loss: Tensor, entropies: Tensor, sums: dict[str, Tensor]) -> None:
         self.sums.loss += float(loss.detach())
-        self.sums.tokens += len(micro.tokens)
+        self.sums.tokens += micro.sequence_tokens
         self.sums.loss_tokens += len(micro.targets)
         self.sums.entropy += float(entropies.sum())
         for name, value in sums.items():

@@ -1,4 +1,4 @@
-"""Sequences to micro-batches: flat rows, no padding, equal lengths side by side.
+"""Sequences to micro-batches: flat rows, no padding, equal lengths side by side, what sequences share once.
 
 A micro-batch depends on its own run's sequences and on the token budget, on nothing else: so a run's arithmetic is the
 same beside other runs as alone (`isolation = "exact"`). `join` lays micro-batches of several runs behind one another
@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graftwork.model.attention import Group, PackedPlan
+from graftwork.model.attention import Families, Group, Own, PackedPlan
+from graftwork.training.families import Family, families, shares, split
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class MicroBatch:
     """T rows of several sequences; N of them predict a token that carries loss.
 
     tokens, positions            [T] int64
+    sequence_tokens              of all sequences; more than T where they share rows
     loss_rows, targets           [N] int64: hidden state of row loss_rows[i] predicts targets[i]
     sampler_logprobs, advantages [N] float32
     weights                      [N] float32: share of each token's loss in the batch's loss (the normaliser)
@@ -57,6 +59,7 @@ class MicroBatch:
 
     tokens: Tensor
     positions: Tensor
+    sequence_tokens: int
     plan: PackedPlan
     loss_rows: Tensor
     targets: Tensor
@@ -65,40 +68,74 @@ class MicroBatch:
     weights: Tensor
 
 
-def split(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of sequences a micro-batch: sorted by length (ties by index), filled up to `budget` tokens each.
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of a micro-batch: tokens first:stop of one sequence."""
 
-    Every index appears once; no micro-batch is empty or above the budget. No length may be above it.
-    """
-    parts: list[list[int]] = []
-    used = budget + 1
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        assert lengths[index] <= budget, f"a sequence of {lengths[index]} tokens does not fit into {budget}"
-        if used + lengths[index] > budget:
-            parts.append([])
-            used = 0
-        parts[-1].append(index)
-        used += lengths[index]
-    return parts
+    index: int
+    first: int
+    stop: int
 
 
-def build(examples: Sequence[Example], weights: Sequence[float], device: torch.device) -> MicroBatch:
-    """Lay out examples, already sorted by length; `weights`: one number a sequence, for each of its loss tokens."""
-    lengths = [len(example.token_ids) for example in examples]
-    starts = np.cumsum([0, *lengths[:-1]])
-    masks = [np.flatnonzero(example.loss_mask) for example in examples]
-    per_loss_token = [len(mask) for mask in masks]
+def lay_out(found: Sequence[Family], device: torch.device) -> tuple[list[Span], PackedPlan]:
+    """Whose tokens the rows are, in order, and how they attend; `found` is sorted by `place`."""
+    spans: list[Span] = []
+    groups: list[Group | Families] = []
+    row = 0
+
+    def add(new: Sequence[Span]) -> Group:
+        """Spans of one length, back to back."""
+        nonlocal row
+        group = Group(row, len(new), new[0].stop - new[0].first)
+        spans.extend(new)
+        row = group.rows.stop
+        return group
+
+    for shared, together in groupby(found, key=lambda family: family.shared):
+        if shared == 0:
+            whole = [Span(family.members[0], 0, family.lengths[0]) for family in together]
+            groups.extend(add(list(same)) for _, same in groupby(whole, key=lambda span: span.stop))
+            continue
+        alike = list(together)
+        beginnings = add([Span(family.members[0], 0, shared) for family in alike])
+        members = sorted(
+            (length, number, index)
+            for number, family in enumerate(alike)
+            for index, length in zip(family.members, family.lengths, strict=True)
+        )
+        own = []
+        for length, same in groupby(members, key=lambda member: member[0]):
+            _, numbers, indices = zip(*same, strict=True)
+            group = add([Span(index, shared, length) for index in indices])
+            own.append(Own(group, torch.tensor(numbers, device=device)))
+        groups.append(Families(beginnings, own))
+    return spans, PackedPlan(groups)
+
+
+def build(
+    examples: Sequence[Example], weights: Sequence[float], found: Sequence[Family], device: torch.device
+) -> MicroBatch:
+    """Lay out the families' sequences; `weights`: one number a sequence of `examples`, for each of its loss tokens."""
+    spans, plan = lay_out(found, device)
+    rows = np.cumsum([0, *(span.stop - span.first for span in spans[:-1])])
+    masks = [span.first + np.flatnonzero(examples[span.index].loss_mask[span.first : span.stop]) for span in spans]
+    of = [examples[span.index] for span in spans]
+    counts = [len(mask) for mask in masks]
+
+    def chosen(name: str) -> NDArray[np.generic]:
+        return np.concatenate([getattr(e, name)[mask] for e, mask in zip(of, masks, strict=True)])
+
+    starts = zip(spans, rows, masks, strict=True)
     return MicroBatch(
-        tokens=_int64(np.concatenate([e.token_ids for e in examples]), device),
-        positions=_int64(np.concatenate([np.arange(length) for length in lengths]), device),
-        plan=PackedPlan(_groups(lengths)),
-        loss_rows=_int64(np.concatenate([m - 1 + start for m, start in zip(masks, starts, strict=True)]), device),
-        targets=_int64(np.concatenate([e.token_ids[m] for e, m in zip(examples, masks, strict=True)]), device),
-        sampler_logprobs=_float32(
-            np.concatenate([e.sampler_logprobs[m] for e, m in zip(examples, masks, strict=True)]), device
-        ),
-        advantages=_float32(np.repeat([e.advantage for e in examples], per_loss_token), device),
-        weights=_float32(np.repeat(np.asarray(weights), per_loss_token), device),
+        tokens=_int64(np.concatenate([e.token_ids[s.first : s.stop] for e, s in zip(of, spans, strict=True)]), device),
+        positions=_int64(np.concatenate([np.arange(span.first, span.stop) for span in spans]), device),
+        sequence_tokens=sum(sum(family.lengths) for family in found),
+        plan=plan,
+        loss_rows=_int64(np.concatenate([mask - 1 - span.first + row for span, row, mask in starts]), device),
+        targets=_int64(chosen("token_ids"), device),
+        sampler_logprobs=_float32(chosen("sampler_logprobs"), device),
+        advantages=_float32(np.repeat([e.advantage for e in of], counts), device),
+        weights=_float32(np.repeat([weights[span.index] for span in spans], counts), device),
     )
 
 
@@ -106,14 +143,15 @@ def idle_micro_batch(device: torch.device) -> MicroBatch:
     """Two tokens (torch.compile takes one for a case of its own), and nothing to learn."""
     rows, none = torch.arange(2, device=device), torch.empty(0, dtype=torch.int64, device=device)
     floats = torch.empty(0, device=device)
-    return MicroBatch(torch.zeros_like(rows), rows, PackedPlan([Group(0, 1, 2)]), none, none, floats, floats, floats)
+    plan = PackedPlan([Group(0, 1, 2)])
+    return MicroBatch(torch.zeros_like(rows), rows, 2, plan, none, none, floats, floats, floats)
 
 
 @dataclass(frozen=True)
 class Round:
     """What the ranks learn of one run at the same time: one micro-batch each, or none.
 
-    tokens  of each rank's, 0 where it has none
+    tokens  rows of each rank's, 0 where it has none
     micro   this rank's; None where it has none
     """
 
@@ -121,28 +159,18 @@ class Round:
     micro: MicroBatch | None
 
 
-def shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of sequences a rank: sorted by length (ties by index) and dealt out, so that every rank has sequences of
-    every length, and as many as the others or one less."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    return [order[rank::ranks] for rank in range(ranks)]
-
-
 def pack(
     examples: Sequence[Example], weights: Sequence[float], budget: int, device: torch.device, rank: int = 0,
-    ranks: int = 1,
+    ranks: int = 1, *, share: bool = True,
 ) -> list[Round]:  # fmt: skip
-    """All examples, dealt out over the ranks, as rounds of micro-batches of at most `budget` tokens a rank."""
-    lengths = [len(example.token_ids) for example in examples]
-    parts = [
-        [[share[i] for i in part] for part in split([lengths[i] for i in share], budget)]
-        for share in shares(lengths, ranks)
-    ]
+    """All examples, dealt out over the ranks, as rounds of micro-batches of at most `budget` rows a rank. share:
+    sequences that begin alike share the rows of their beginning."""
+    dealt = shares(families(examples, budget, share=share, at_least=ranks), ranks)
     rounds = []
-    for at_once in zip_longest(*parts, fillvalue=()):
+    for at_once in zip_longest(*(split(found, budget) for found in dealt), fillvalue=()):
         own = at_once[rank]
-        micro = build([examples[i] for i in own], [weights[i] for i in own], device) if own else None
-        rounds.append(Round(tuple(sum(lengths[i] for i in part) for part in at_once), micro))
+        micro = build(examples, weights, own, device) if own else None
+        rounds.append(Round(tuple(sum(family.rows for family in found) for found in at_once), micro))
     return rounds
 
 
@@ -161,23 +189,10 @@ def join(micros: Sequence[MicroBatch]) -> Rows:
     counts = tuple(len(micro.tokens) for micro in micros)
     if len(micros) == 1:
         return Rows(micros[0].tokens, micros[0].positions, micros[0].plan, counts)
-    starts = np.cumsum([0, *counts[:-1]])
-    groups = [
-        Group(int(start) + group.start, group.count, group.length)
-        for start, micro in zip(starts, micros, strict=True)
-        for group in micro.plan.groups
-    ]
+    starts = np.cumsum([0, *counts[:-1]]).tolist()
+    groups = [group for start, micro in zip(starts, micros, strict=True) for group in micro.plan.moved(start).groups]
     tokens, positions = (torch.cat(parts) for parts in zip(*((m.tokens, m.positions) for m in micros), strict=True))
     return Rows(tokens, positions, PackedPlan(groups), counts)
-
-
-def _groups(lengths: Sequence[int]) -> list[Group]:
-    groups, start = [], 0
-    for length, same in groupby(lengths):
-        count = len(list(same))
-        groups.append(Group(start, count, length))
-        start += count * length
-    return groups
 
 
 def _int64(values: NDArray[np.generic], device: torch.device) -> Tensor:

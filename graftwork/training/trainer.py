@@ -374,6 +374,7 @@ class Trainer:
             temperature=config.sampling.temperature,
             tokens_per_micro_batch=self.config.tokens_per_micro_batch,
             logprob_chunk_tokens=self.config.logprob_chunk_tokens,
+            share_prompts=self.config.share_prompts,
         )
 
     def _warn_of_bad_names(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import VOCAB, random_adapter, random_batch
+from support import VOCAB, random_adapter, random_batch, whole
 from test_trainer import DISK, Lab, save_adapter, status_of, trainer_files
 
 from graftwork.adapters.convert import FORMATS, export_adapter
@@ -26,7 +26,7 @@ from graftwork.model.inject import Route
 from graftwork.model.logprobs import token_logprobs
 from graftwork.store.queue import publish_batch, read_version
 from graftwork.training.learner import Banks, Learner, LearnerConfig, gradient_norm, learn
-from graftwork.training.packer import Example, build
+from graftwork.training.packer import Example
 from proofs.adapter_models import MIDDLE, logits, sequences
 
 EOS = 1
@@ -134,8 +134,7 @@ def test_the_sampler_and_the_trainer_agree_on_log_probs_with_several_adapters_at
             )
             for c in result.choices
         ]
-        examples.sort(key=lambda example: len(example.token_ids))
-        micro = build(examples, [1.0] * len(examples), torch.device("cpu"))
+        micro = whole(examples)
         if name != "base":
             index = names.index(name)
             adapter = random_adapter(moe.spec.shapes, 4 - index, seed=index, scale=1.0 + index)

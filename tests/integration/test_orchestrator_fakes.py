@@ -244,6 +244,7 @@ class FakeTrainer:
         self.thread = threading.Thread(target=self.work, daemon=True)
 
     def __enter__(self) -> FakeTrainer:
+        self.say("queued", self.start_step)  # before an orchestrator can read how the run ended the last time
         self.thread.start()
         return self
 
@@ -270,7 +271,6 @@ class FakeTrainer:
     def work(self) -> None:
         step = self.start_step
         self.publish(step)
-        self.say("queued", step)
         self.say("active", step)
         while not self.stop.is_set():
             if step in self.ends:

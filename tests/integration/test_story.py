@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import whole
 
 from graftwork.adapters.formats.peft_read import read_peft
 from graftwork.adapters.prepare import PreparedInitAdapter
@@ -27,7 +28,7 @@ from graftwork.store.files import read_lines, verify
 from graftwork.store.layout import RunTree, stable_steps
 from graftwork.store.queue import Batch, read_batch, read_version
 from graftwork.store.status import read_status
-from graftwork.training.packer import Example, build
+from graftwork.training.packer import Example
 
 REPOSITORY = Path(__file__).parents[2]
 SFT_TOML, RL_TOML = "examples/reverse_text/sft.toml", "examples/reverse_text/rl.toml"
@@ -67,11 +68,8 @@ def log_probs(batch: Batch, adapter: Path | None) -> tuple[torch.Tensor, torch.T
     base = load_base(BASE, LoraConfig())
     bank = base.new_bank(1, gradients=False)
     segments: tuple[Segment, ...] = ()
-    examples = sorted(
-        (Example(r.token_ids, r.loss_mask, r.logprobs, r.advantage) for r in batch.rollouts),
-        key=lambda example: len(example.token_ids),
-    )
-    micro = build(examples, [1.0] * len(examples), torch.device("cpu"))
+    examples = [Example(r.token_ids, r.loss_mask, r.logprobs, r.advantage) for r in batch.rollouts]
+    micro = whole(examples)
     if adapter is not None:
         bank.write(0, PreparedInitAdapter(read_peft(adapter).adapter, 16, 32.0, "", {}))
         segments = (Segment(0, 0, len(micro.tokens), 2.0),)

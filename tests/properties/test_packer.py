@@ -1,50 +1,100 @@
-"""Packing keeps every token, in its own sequence, within the budget."""
+"""Packing keeps every token, in its own sequence, within the budget; what sequences share is there once."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftwork.training.packer import Example, pack, split
+from graftwork.model.attention import Families, Group
+from graftwork.training.families import families, shares, split
+from graftwork.training.packer import Example, MicroBatch, pack
 
 lengths = st.lists(st.integers(2, 30), min_size=1, max_size=40)
+budgets = st.integers(30, 90)
+seeds = st.integers(0, 2**32 - 1)
 
 
-@given(lengths, st.integers(30, 90))
-def test_split_takes_every_index_once_within_the_budget(sizes: list[int], budget: int) -> None:
-    parts = split(sizes, budget)
-    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
-    assert all(part and sum(sizes[i] for i in part) <= budget for part in parts)
-
-
-@given(lengths, st.integers(30, 90), st.integers(0, 2**32 - 1), st.integers(1, 5))
-def test_rows_hold_each_sequence_whole_and_loss_rows_predict_their_targets(
-    sizes: list[int], budget: int, seed: int, ranks: int
-) -> None:
+def made(sizes: list[int], seed: int) -> list[Example]:
+    """Sequences of which many begin alike: three prompts, cut at any length. The prompt carries no loss."""
     rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, 1000, (3, 30))
     examples = []
     for index, size in enumerate(sizes):
-        mask = rng.random(size) < 0.5
-        mask[0] = False
-        tokens = rng.integers(0, 1000, size).astype(np.int32)
-        examples.append(Example(tokens, mask, np.full(size, -index, np.float32), float(index)))
+        prompt = int(rng.integers(0, size))
+        mask = (rng.random(size) < 0.7) & (np.arange(size) > prompt)
+        tokens = np.concatenate([prompts[rng.integers(3), :prompt], rng.integers(0, 1000, size - prompt)])
+        examples.append(Example(tokens.astype(np.int32), mask, np.full(size, -index, np.float32), float(index)))
+    return examples
+
+
+@given(lengths, budgets, seeds, st.integers(1, 6), st.booleans())
+def test_every_sequence_is_in_one_family_that_fits_and_begins_alike(
+    sizes: list[int], budget: int, seed: int, ranks: int, share: bool
+) -> None:
+    examples = made(sizes, seed)
+    found = families(examples, budget, share=share, at_least=ranks)
+    assert sorted(index for family in found for index in family.members) == list(range(len(sizes)))
+    assert len(found) >= min(ranks, len(sizes))
+    for family in found:
+        assert family.rows <= budget and family.lengths == tuple(sizes[index] for index in family.members)
+        beginnings = {examples[index].token_ids[: family.shared].tobytes() for index in family.members}
+        assert len(beginnings) == 1 and (share or len(family.members) == 1)
+        assert not any(examples[index].loss_mask[: family.shared + 1].any() for index in family.members)
+
+
+@given(lengths, budgets, seeds, st.integers(1, 6))
+def test_families_are_dealt_out_and_split_whole(sizes: list[int], budget: int, seed: int, ranks: int) -> None:
+    found = families(made(sizes, seed), budget, share=True, at_least=ranks)
+    dealt = shares(found, ranks)
+    assert sorted(family.place for share in dealt for family in share) == [family.place for family in found]
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    for share in dealt:
+        parts = split(share, budget)
+        assert [family for part in parts for family in part] == sorted(share, key=lambda family: family.place)
+        assert all(part and sum(family.rows for family in part) <= budget for part in parts)
+
+
+def sequences(micro: MicroBatch) -> Iterator[list[int]]:
+    """The rows of each sequence, from its first token on."""
+    for group in micro.plan.groups:
+        if isinstance(group, Group):
+            yield from torch.arange(len(micro.tokens))[group.rows].view(group.count, group.length).tolist()
+            continue
+        assert isinstance(group, Families)
+        begun = torch.arange(len(micro.tokens))[group.beginnings.rows].view(group.beginnings.count, -1)
+        for own in group.own:
+            rows = torch.arange(len(micro.tokens))[own.group.rows].view(own.group.count, own.group.length)
+            yield from torch.cat([begun[own.family], rows], 1).tolist()
+
+
+@given(lengths, budgets, seeds, st.integers(1, 5), st.booleans())
+def test_rows_hold_each_sequence_whole_and_loss_rows_predict_their_targets(
+    sizes: list[int], budget: int, seed: int, ranks: int, share: bool
+) -> None:
+    examples = made(sizes, seed)
     weights = [1.0 + index for index in range(len(sizes))]
     micros = [
         micro
         for rank in range(ranks)
-        for round in pack(examples, weights, budget, torch.device("cpu"), rank, ranks)
+        for round in pack(examples, weights, budget, torch.device("cpu"), rank, ranks, share=share)
         if (micro := round.micro) is not None
     ]
-    seen: list[tuple[int, ...]] = []
+    seen, predicted = [], []
     for micro in micros:
-        assert len(micro.tokens) <= budget
-        assert sum(group.count * group.length for group in micro.plan.groups) == len(micro.tokens)
-        assert torch.equal(micro.tokens[micro.loss_rows + 1], micro.targets)
-        assert (micro.positions[micro.loss_rows + 1] == micro.positions[micro.loss_rows] + 1).all()
+        assert len(micro.tokens) <= budget and (share or micro.sequence_tokens == len(micro.tokens))
+        rows = list(sequences(micro))
+        assert {row for sequence in rows for row in sequence} == set(range(len(micro.tokens)))
+        assert sum(map(len, rows)) == micro.sequence_tokens
+        for sequence in rows:
+            assert micro.positions[sequence].tolist() == list(range(len(sequence)))
+            seen.append(tuple(micro.tokens[sequence].tolist()))
+        behind = {row: sequence[place + 1] for sequence in rows for place, row in enumerate(sequence[:-1])}
+        assert micro.targets.tolist() == [int(micro.tokens[behind[row]]) for row in micro.loss_rows.tolist()]
         assert torch.equal(micro.weights, micro.advantages + 1)
         assert torch.equal(micro.sampler_logprobs, -micro.advantages)
-        for group in micro.plan.groups:
-            rows = micro.tokens[group.start : group.start + group.count * group.length]
-            seen.extend(tuple(row.tolist()) for row in rows.view(group.count, group.length))
+        predicted += list(zip(micro.advantages.tolist(), micro.targets.tolist(), strict=True))
     assert sorted(seen) == sorted(tuple(example.token_ids.tolist()) for example in examples)
-    assert sum(len(micro.targets) for micro in micros) == sum(example.loss_tokens for example in examples)
+    wanted = [(e.advantage, token) for e in examples for token in e.token_ids[e.loss_mask].tolist()]
+    assert sorted(predicted) == sorted(wanted)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import whole
 
 from graftwork.config.run import LossConfig
 from graftwork.training.loss import cross_entropy, policy_loss, sequence_weights
-from graftwork.training.packer import Example, MicroBatch, build
+from graftwork.training.packer import Example, MicroBatch
 
 
 def _micro(weights: list[float]) -> MicroBatch:
@@ -18,7 +19,7 @@ def _micro(weights: list[float]) -> MicroBatch:
         Example(np.array([1, 2, 3], np.int32), mask, np.array([0, -1.0, -2.0], np.float32), 0.5),
         Example(np.array([1, 4, 5], np.int32), mask, np.array([0, -0.5, -3.0], np.float32), -1.0),
     ]
-    return build(examples, weights, torch.device("cpu"))
+    return whole(examples, weights)
 
 
 LOGPROBS = [-0.9, -0.2, -0.5, -3.5]

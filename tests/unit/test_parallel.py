@@ -27,7 +27,7 @@ from graftwork.training.orders import (
     encode_examples,
     order_from,
 )
-from graftwork.training.packer import Example, shares
+from graftwork.training.packer import Example
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,6 @@ def test_fill_writes_all_of_a_plain_tensor_and_needs_its_slices_only() -> None:
     target = torch.zeros(2, 3)
     fill(target, Asked())
     assert target.eq(1).all()
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 6))
-def test_sequences_are_dealt_out_once_and_evenly(lengths: list[int], ranks: int) -> None:
-    dealt = shares(lengths, ranks)
-    assert sorted(index for share in dealt for index in share) == list(range(len(lengths)))
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-    assert all([lengths[i] for i in share] == sorted(lengths[i] for i in share) for share in dealt)
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------
