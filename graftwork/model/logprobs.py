@@ -33,7 +33,7 @@ class _TokenLogProbs(torch.autograd.Function):
             log_softmax = _logits(hidden[rows], weight, temperature).log_softmax(-1)
             logprobs[rows] = log_softmax.gather(1, chosen)[:, 0]
             softmax = log_softmax.exp()
-            entropies[rows] = -torch.linalg.vecdot(softmax, log_softmax)
+            entropies[rows] = -torch.bmm(softmax[:, None], log_softmax[..., None])[:, 0, 0]
             if directions is not None:
                 ones = softmax.new_ones(chosen.shape)
                 grad_logits = softmax.neg_().scatter_add_(1, chosen, ones)
