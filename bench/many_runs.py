@@ -55,9 +55,8 @@ def measure(setting: Setting) -> Iterator[Measured]:
 
 def _measured(setting: Setting, name: str, path: Path, size: Size) -> Measured:
     base = load(path, setting.device)
-    model, steps = model_of(path, base), size.rounds + 1
-    everything = answers(base, RUNS * size.sequences, size.prompt_tokens, size.answer_tokens, group=1)
-    shares = [everything[run * size.sequences : (run + 1) * size.sequences] for run in range(RUNS)]
+    model = model_of(path, base)
+    everything = answers(base, RUNS * size.sequences, size.prompt_tokens, size.answer_tokens)
     with (
         scratch() as folder,
         MadeRuns.of(folder / "eight", base, model, RUNS, size.micro_batch_tokens) as eight,
@@ -65,10 +64,11 @@ def _measured(setting: Setting, name: str, path: Path, size: Size) -> Measured:
     ):
         many = [eight.admit(f"r{run}", size.sequences) for run in range(RUNS)]
         single = one.admit("single", RUNS * size.sequences)
-        for tenant, share in zip(many, shares, strict=True):
-            eight.lay(tenant, share, steps + 1)
-        one.lay(single, everything, steps + 1)
-        seconds = interleaved({"8 runs": eight.step, "1 run": one.step}, setting.device, rounds=size.rounds)
+        for count, steps in ((1, 1), (size.sequences, size.rounds)):  # the warm-up is a sequence a run
+            for number, tenant in enumerate(many):
+                eight.lay(tenant, everything[number * count : (number + 1) * count], steps)
+            one.lay(single, everything[: RUNS * count], steps)
+            seconds = interleaved({"8 runs": eight.step, "1 run": one.step}, setting.device, rounds=steps, warmup=0)
         work = _equal_work([tenant.tree for tenant in many], single.tree)
     ratio = Ratio.of(seconds["1 run"], seconds["8 runs"])
     tokens = RUNS * size.micro_batch_tokens
