@@ -29,12 +29,14 @@ def measure(setting: Setting) -> Iterator[Measured]:
     micro_batch_tokens = min(sequences * (PROMPT_TOKENS + ANSWER_TOKENS), 8192 if setting.on_gpu else 2048)
     with scratch() as folder, MadeRuns.of(folder, base, model_of(path, base), 1, micro_batch_tokens) as runs:
         tenant = runs.admit("a", sequences, retention=RetentionConfig(checkpoints=1))
-        for count, steps in ((8, 1), (sequences, rounds + 1)):  # the warm-up need not be long
+        for count, steps in ((8, 1), (sequences, rounds)):  # the warm-up is shorter, and the same but for that
             runs.lay(tenant, answers(base, count, PROMPT_TOKENS, ANSWER_TOKENS, group=8), steps)
             if steps == 1:
                 runs.step()
                 tenant.checkpoint()
-        seconds = interleaved({"step": runs.step, "checkpoint": tenant.checkpoint}, setting.device, rounds=rounds)
+        seconds = interleaved(
+            {"step": runs.step, "checkpoint": tenant.checkpoint}, setting.device, rounds=rounds, warmup=0
+        )
         kept = open_checkpoint(tenant.tree.checkpoints)
         assert kept.step == tenant.step and read_snapshot(kept).moments is not None
         assert all(row["grad_norm"] > 0 and not row["skipped"] for row in rows_of(tenant.tree))

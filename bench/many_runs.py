@@ -49,8 +49,8 @@ def size_of(setting: Setting, *, tiny: bool) -> Size:
 
 
 def measure(setting: Setting) -> Iterator[Measured]:
-    yield _measured(setting, NAME, base_folder("smollm2-135m"), size_of(setting, tiny=False))
     yield _measured(setting, f"{NAME}_tiny", TINY, size_of(setting, tiny=True))
+    yield _measured(setting, NAME, base_folder("smollm2-135m"), size_of(setting, tiny=False))
 
 
 def _measured(setting: Setting, name: str, path: Path, size: Size) -> Measured:
