@@ -79,18 +79,22 @@ class SlotLayout:
             place = self.places[path]
             *experts, out_features, in_features = place.shape
             factors = (  # element i of A belongs to direction (i // in) % slot_rank, of B to i % slot_rank
-                ("lora_A", place.a_start, in_features, (*experts, rank, in_features)),
-                ("lora_B", place.b_start, 1, (*experts, out_features, rank)),
+                ("lora_A", place.a_start, in_features, -2, (*experts, slot_rank, in_features)),
+                ("lora_B", place.b_start, 1, -1, (*experts, out_features, slot_rank)),
             )
-            for side, first, stride, shape in factors:
-                numel = math.prod(shape) // rank * slot_rank
-                low, high = max(first, start), min(first + numel, start + len(part))
+            for side, first, stride, axis, room in factors:
+                last = first + math.prod(room)
+                low, high = max(first, start), min(last, start + len(part))
                 if low >= high:
                     continue
-                index = torch.arange(low - first, high - first, device=part.device)
-                own = part[low - start : high - start][index // stride % slot_rank < rank]
-                if len(own):
-                    yield path, side, own.view(shape) if own.numel() == math.prod(shape) else own
+                own = part[low - start : high - start]
+                if (low, high) == (first, last):
+                    own = own.view(room).narrow(axis, 0, rank)
+                elif rank < slot_rank:
+                    own = own[torch.arange(low - first, high - first, device=part.device) // stride % slot_rank < rank]
+                if own.numel():
+                    shape = (*room[:axis], rank, *room[axis:][1:])
+                    yield path, side, own.reshape(shape) if own.numel() == math.prod(shape) else own
 
     def unpack(self, row: Tensor, held: Held) -> Adapter:
         """The adapter in `row [P]`: copies, fp32, on the CPU, at its own rank, of its own modules."""
@@ -170,8 +174,9 @@ class SlotBank:
         return self.layout.unpack(whole(row), self.holding(slot))
 
     def pieces(self, slot: int, row: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-        """This rank's part of what `unpack` gives: see SlotLayout.pieces."""
-        return self.layout.pieces(local(row).detach(), own_part(row)[0].start, self.holding(slot))
+        """This rank's part of what `unpack` gives, on the CPU: see SlotLayout.pieces. There they may be the row's own
+        memory."""
+        return self.layout.pieces(local(row).detach().cpu(), own_part(row)[0].start, self.holding(slot))
 
     def summed_gradient(self, slot: int) -> Tensor:
         """A row [P] like the slot's masters: its gradients, summed over the ranks. All ranks take part."""
