@@ -7,7 +7,10 @@ what comes from above: what it is multiplied with is made in the forward pass, f
 
     dh_i = g_i * d_i,   d_i = (onehot(target_i) - softmax(z_i)) W / temperature
 
-so that the head is multiplied twice a token, not three times, and only `[N, H]` numbers are kept.
+so that the head is multiplied twice a token, not three times, and only `[N, H]` numbers are kept. The entropy comes
+with it, without another pass over the vocabulary:
+
+    H_i = logsumexp(z_i) - sum_v softmax(z_i)_v z_iv = h_i . d_i - logp_i
 """
 
 from __future__ import annotations
@@ -32,12 +35,12 @@ class _TokenLogProbs(torch.autograd.Function):
             chosen = targets[rows, None]
             log_softmax = _logits(hidden[rows], weight, temperature).log_softmax(-1)
             logprobs[rows] = log_softmax.gather(1, chosen)[:, 0]
-            softmax = log_softmax.exp()
-            entropies[rows] = -torch.bmm(softmax[:, None], log_softmax[..., None])[:, 0, 0]
-            if directions is not None:
-                ones = softmax.new_ones(chosen.shape)
-                grad_logits = softmax.neg_().scatter_add_(1, chosen, ones)
-                directions[rows] = (grad_logits.to(weight.dtype) @ weight).div_(temperature)
+            if directions is None:
+                entropies[rows] = _entropies(log_softmax)
+                continue
+            grad_logits = log_softmax.exp_().scatter_add_(1, chosen, -log_softmax.new_ones(chosen.shape))
+            directions[rows] = (grad_logits.to(weight.dtype) @ weight).div_(-temperature)
+            entropies[rows] = (hidden[rows].float() * directions[rows].float()).sum(-1) - logprobs[rows]
         ctx.save_for_backward(directions)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -62,7 +65,11 @@ def token_logprobs(
 def distributions(hidden: Tensor, weight: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
     """(log-probs [N, V] of all tokens, entropies [N]) in fp32: for few positions. hidden and weight as above."""
     log_softmax = _logits(hidden, weight, temperature).log_softmax(-1)
-    return log_softmax, -(log_softmax.exp() * log_softmax).sum(-1)
+    return log_softmax, _entropies(log_softmax)
+
+
+def _entropies(log_softmax: Tensor) -> Tensor:
+    return -(log_softmax.exp() * log_softmax).sum(-1)
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

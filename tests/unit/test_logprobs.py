@@ -23,6 +23,16 @@ def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int) 
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
+def test_without_a_gradient_the_numbers_are_the_same() -> None:
+    torch.manual_seed(0)
+    weight, targets, hidden = torch.randn(20, 8), torch.randint(0, 20, (11,)), torch.randn(11, 8)
+    with_gradient = token_logprobs(hidden.clone().requires_grad_(), weight, targets, temperature=0.7, chunk=4)
+    for ours, plain in zip(
+        with_gradient, token_logprobs(hidden, weight, targets, temperature=0.7, chunk=4), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
 def test_no_positions_is_no_error() -> None:
     hidden = torch.zeros(0, 8, requires_grad=True)
     logprobs, _ = token_logprobs(

@@ -38,8 +38,7 @@ def flops(base: BaseModel, batch: list[Example], budget: int = 1000) -> int:
         while one.rounds:
             learn([one])
 
-    entropies = 2 * VOCAB * sum(example.loss_tokens for example in batch)  # a dot product a loss token, for the metrics
-    return round(sum(counted(gradient).values()) - entropies)
+    return round(sum(counted(gradient).values()))
 
 
 def spared(base: BaseModel, rows: int) -> int:
