@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -146,7 +145,7 @@ def _rows(tree: RunTree) -> list[dict[str, Any]]:
 def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     with (folder / f"{arguments[0]}.out").open("a") as out:
         command = [sys.executable, "-m", "graftwork", *arguments]
-        return subprocess.Popen(command, stdout=out, stderr=out, text=True, env={**os.environ, "PYTHONPATH": "."})
+        return subprocess.Popen(command, stdout=out, stderr=out, text=True)
 
 
 def _free_port() -> int:

@@ -48,7 +48,7 @@ def measure(setting: Setting) -> Iterator[Measured]:
 
     def peer(seed: int, rate: float) -> TrlTold:
         settings = {"learning_rate": rate, "steps": STEPS_MAX, "stop_at_reward": wanted}
-        return trl_run(trl_of(seed, setting.device, pass_sequences=PASS_SEQUENCES, **settings))
+        return trl_run(trl_of(seed, setting.device, FOLDER / "reward_trl", pass_sequences=PASS_SEQUENCES, **settings))
 
     def ours(seed: int) -> Told:
         work = Work(setting.device, (seed,), steps=STEPS_MAX, skip_equal_groups=True)

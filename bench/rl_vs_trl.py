@@ -68,9 +68,8 @@ def trl_run(run: TrlRun) -> TrlTold:
     return TrlTold(began, seconds, json.loads(Path(run.report).read_text()))
 
 
-def trl_of(seed: int, device: torch.device, **settings: Any) -> TrlRun:
-    """The settings that Graftwork's runs have."""
-    folder = FOLDER / "trl"
+def trl_of(seed: int, device: torch.device, folder: Path, **settings: Any) -> TrlRun:
+    """The settings that Graftwork's runs have; what it writes goes into `folder`."""
     return TrlRun(
         base=str(TINY), adapter=str(sft_adapter(device)), out=str(folder / f"seed{seed}"), device=device.type,
         report=str(folder / f"seed{seed}.json"), seed=seed, options=OPTIONS, **settings,
@@ -86,7 +85,9 @@ def measure(setting: Setting) -> Iterator[Measured]:
     def peer(seeds: range) -> None:
         for seed in seeds:
             size = min(PASS_SEQUENCES, prompts * 8)
-            trl.append(trl_run(trl_of(seed, setting.device, steps=steps, prompts=prompts, pass_sequences=size)))
+            trl.append(
+                trl_run(trl_of(seed, setting.device, FOLDER / "trl", steps=steps, prompts=prompts, pass_sequences=size))
+            )
 
     peer(range(RUNS // 2))
     ours = train(Work(setting.device, range(RUNS), steps=steps, prompts=prompts), FOLDER / "ours")
