@@ -23,27 +23,29 @@ from graftwork.inference.requests import GenerationRequest
 ROW, NAME = 9, "generate_vs_peft"
 SEQUENCES, PROMPT_TOKENS = 32, 16
 ANSWER_TOKENS = (4, 48)
+CHECKED_TOKENS = 8
 
 Answers = list[list[int]]
 
 
 def measure(setting: Setting) -> Iterator[Measured]:
+    longest = CHECKED_TOKENS if setting.quick else ANSWER_TOKENS[1]
     agreed = _agreeing(setting)
-    base, ours, peer, limits = _sides(setting, "auto")
+    dtype, ours, peer, limits = _sides(setting, "auto", longest)
     wanted = sum(limits)
 
     def checked(side: Callable[[], Answers]) -> None:
         assert [len(answer) for answer in side()] == limits
 
     sides = {"engine": lambda: checked(ours), "peft": lambda: checked(peer)}
-    seconds = interleaved(sides, setting.device, rounds=1 if setting.quick else 5)
+    seconds = interleaved(sides, setting.device, rounds=1 if setting.quick else 3)
     ratio = Ratio.of(seconds["peft"], seconds["engine"])
     rates = {side: round(wanted / took, 1) for side, took in medians(seconds).items()}
     yield Measured(
         ROW, NAME, ratio.median, at_least(2.0),
         {
             **ratio.figures(), "tokens_per_second": rates, "seconds": medians(seconds), "tokens": wanted,
-            "rows_of_peer": SEQUENCES * max(limits), "sequences": SEQUENCES, "dtype": base,
+            "rows_of_peer": SEQUENCES * max(limits), "sequences": SEQUENCES, "dtype": dtype,
             "equal_greedy_tokens_in_float32": agreed,
         },
     )  # fmt: skip
@@ -51,20 +53,21 @@ def measure(setting: Setting) -> Iterator[Measured]:
 
 def _agreeing(setting: Setting) -> int:
     """Tokens that both sides said alike in float32: all of them."""
-    _, ours, peer, limits = _sides(setting, "float32")
+    _, ours, peer, limits = _sides(setting, "float32", CHECKED_TOKENS)
     one, other = ours(), peer()
     assert one == other, "the engine and PEFT disagree on greedy tokens in float32"
     return sum(limits)
 
 
-def _sides(setting: Setting, dtype: str) -> tuple[str, Callable[[], Answers], Callable[[], Answers], list[int]]:
+def _sides(
+    setting: Setting, dtype: str, longest: int
+) -> tuple[str, Callable[[], Answers], Callable[[], Answers], list[int]]:
     """(dtype, engine, peer, tokens wanted of each prompt); the sides give the answers in the prompts' order."""
     path = base_folder("smollm2-135m")
     base = load(path, setting.device, dtype)
     prompts = made_prompts(base, SEQUENCES, PROMPT_TOKENS)
     names = [ADAPTERS[index % len(ADAPTERS)] for index in range(SEQUENCES)]
-    shortest, longest = ANSWER_TOKENS
-    spread = np.linspace(shortest, longest / 8 if setting.quick else longest, SEQUENCES).astype(int)
+    spread = np.linspace(ANSWER_TOKENS[0], longest, SEQUENCES).astype(int)
     limits = np.random.default_rng(1).permutation(spread).tolist()
     requests = [
         GenerationRequest(name, [prompt], max_tokens=limit, temperature=0.0)

@@ -17,7 +17,7 @@ from bench.harness import Measured, Ratio, Setting, at_least, interleaved, main,
 from graftwork.inference.requests import GenerationRequest
 
 ROW, NAME = 8, "mixed_adapters"
-SEQUENCES, PROMPT_TOKENS, ANSWER_TOKENS = 32, 16, 48
+SEQUENCES, PROMPT_TOKENS, ANSWER_TOKENS = 32, 16, 32
 
 
 def measure(setting: Setting) -> Iterator[Measured]:
@@ -38,7 +38,7 @@ def measure(setting: Setting) -> Iterator[Measured]:
         assert [result.version for result in results] == list(models)
 
     sides = {"mixed": lambda: ask(ADAPTERS), "base": lambda: ask((BASE_NAME,) * len(ADAPTERS))}
-    seconds = interleaved(sides, setting.device, rounds=2 if setting.quick else 9)
+    seconds = interleaved(sides, setting.device, rounds=2 if setting.quick else 5)
     engine.close()
     ratio = Ratio.of(seconds["base"], seconds["mixed"])
     rates = {side: round(wanted / took, 1) for side, took in medians(seconds).items()}
