@@ -19,9 +19,10 @@ from torch import Tensor
 
 from graftwork.errors import InferenceError
 from graftwork.inference.cache import DecodePlan, KvCache, PrefillPlan, Prefix, PromptGroup
-from graftwork.inference.lanes import Job, Lanes, Prompt, Sequence, segments_of
+from graftwork.inference.lanes import Job, Lanes, Prompt, RowOrder, Sequence, segments_of
 from graftwork.inference.requests import FinishReason
 from graftwork.inference.sampling import draw
+from graftwork.lora.linear import SlotBatch
 from graftwork.lora.slots import SlotBank
 from graftwork.model.base import BaseModel, Route
 
@@ -58,6 +59,7 @@ class Scheduler:
         self.jobs: list[Job] = []
         self.counters = Counters()
         self._prefix: tuple[Prompt, Prefix] | None = None
+        self._routed: tuple[RowOrder, Route] | None = None
         self._is_eos = np.zeros(base.vocab_size, np.bool_)
         self._is_eos[[token for token in eos_token_ids if token < base.vocab_size]] = True
 
@@ -182,11 +184,18 @@ class Scheduler:
             None if rows.order is None else self._tensor(rows.order), self.base.dtype,
         )  # fmt: skip
         tokens, positions = self._tensor(lanes.last_token[order]), self._tensor(lanes.position[order])
-        hidden = self.base.hidden(tokens, positions, plan, Route(self.bank, rows.segments))
+        hidden = self.base.hidden(tokens, positions, plan, self._route(rows))
         lanes.position[:count] += 1
         self.counters.decode_steps += 1
         self._sample(order, self._logits(hidden))
         self._finish()
+
+    def _route(self, rows: RowOrder) -> Route:
+        """Made when the live lanes have changed, not at every step."""
+        if self._routed is None or self._routed[0] is not rows:
+            batch = SlotBatch.of(rows.segments, self.base.head)
+            self._routed = (rows, Route(self.bank, rows.segments, batch))
+        return self._routed[1]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return (hidden @ self.base.head.T).float()

@@ -13,10 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+FILLED_ROWS_MAX = 256
+FILLED_SHARE_MAX = 2
+"""A batch of slots is filled up to so many rows, or so many times the rows that there are."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,48 @@ class Factors:
     b: Tensor
     grad_a: Tensor | None = None
     grad_b: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SlotBatch:
+    """Few rows of several slots, K segments side by side: a batched product costs less than a product a slot. Segments
+    shorter than the longest (M rows) are filled up with rows whose results nobody reads, so nothing spreads by them.
+
+    start, stop  the rows that are in segments; one behind the other
+    slots        which slots: [K] int64, or a slice where they lie next to one another, which copies nothing
+    scales       [K, 1, 1] in the dtype of the activations
+    rows         [K * M] int64: which row of start:stop stands in each place; None: all segments have M rows
+    places       [stop - start] int64: the place of each row; None likewise
+    """
+
+    start: int
+    stop: int
+    slots: Tensor | slice
+    scales: Tensor
+    rows: Tensor | None = None
+    places: Tensor | None = None
+
+    @staticmethod
+    def of(segments: Sequence[Segment], like: Tensor) -> SlotBatch | None:
+        """None where products one by one serve better: a single segment, lengths that differ much, gaps. `like` has
+        the activations' dtype and device."""
+        if len(segments) < 2 or any(one.stop != other.start for one, other in pairwise(segments)):
+            return None
+        lengths = [segment.stop - segment.start for segment in segments]
+        count, longest = sum(lengths), max(lengths)
+        if len(lengths) * longest > max(FILLED_ROWS_MAX, FILLED_SHARE_MAX * count):
+            return None
+        numbers = [segment.slot for segment in segments]
+        side_by_side = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        slots = slice(numbers[0], numbers[-1] + 1) if side_by_side else torch.tensor(numbers, device=like.device)
+        scales = like.new_tensor([segment.scale for segment in segments])[:, None, None]
+        start, stop = segments[0].start, segments[-1].stop
+        if min(lengths) == longest:
+            return SlotBatch(start, stop, slots, scales)
+        places = torch.cat([torch.arange(length) + index * longest for index, length in enumerate(lengths)])
+        rows = torch.zeros(len(lengths) * longest, dtype=torch.int64)
+        rows[places] = torch.arange(count)
+        return SlotBatch(start, stop, slots, scales, rows.to(like.device), places.to(like.device))
 
 
 class _SlotLinear(torch.autograd.Function):
@@ -86,6 +133,21 @@ def slot_linear(
         return _SlotLinear.apply(x, anchor, weight, bias, factors, segments)
     y = torch.nn.functional.linear(x, weight, bias)
     _add_updates(y, x, factors, segments)
+    return y
+
+
+def slot_linear_batched(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, batch: SlotBatch) -> Tensor:
+    """What `slot_linear` computes without gradients, for the segments of `batch`."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    a, b = factors.a[batch.slots], factors.b[batch.slots]  # (K, r, in), (K, out, r)
+    own_x, own_y = x[batch.start : batch.stop], y[batch.start : batch.stop]
+    if batch.rows is None or batch.places is None:
+        u = torch.bmm(own_x.view(len(a), -1, x.shape[1]), a.mT) * batch.scales  # (K, M, r)
+        own_y.view(len(a), -1, y.shape[1]).baddbmm_(u, b.mT)
+        return y
+    filled = own_x.index_select(0, batch.rows).view(len(a), -1, x.shape[1])
+    u = torch.bmm(filled, a.mT) * batch.scales
+    own_y.add_(torch.bmm(u, b.mT).flatten(0, 1).index_select(0, batch.places))
     return y
 
 

@@ -19,16 +19,18 @@ from graftwork.adapters.names import EXPERT_PARTS, EXPERTS, FUSED
 from graftwork.config.section import ALL_LINEAR
 from graftwork.errors import ModelError
 from graftwork.lora.experts import ExpertWeights, slot_experts
-from graftwork.lora.linear import Segment, slot_linear
+from graftwork.lora.linear import Segment, SlotBatch, slot_linear, slot_linear_batched
 from graftwork.lora.slots import SlotBank
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which rows of a forward pass belong to which slot of which bank."""
+    """Which rows of a forward pass belong to which slot of which bank. batch: the same segments for one batched product
+    a layer, in a pass without gradients."""
 
     bank: SlotBank
     segments: Sequence[Segment]
+    batch: SlotBatch | None = None
 
 
 @dataclass
@@ -71,7 +73,10 @@ class SlotLinear(nn.Module):
         assert route is not None, "the base is called through BaseModel"
         rows = x.reshape(-1, x.shape[-1])
         factors = route.bank.factors[self.path]
-        y = slot_linear(rows, self.weight, self.bias, factors, route.segments, route.bank.anchor)
+        if route.batch is not None:
+            y = slot_linear_batched(rows, self.weight, self.bias, factors, route.batch)
+        else:
+            y = slot_linear(rows, self.weight, self.bias, factors, route.segments, route.bank.anchor)
         return y.view(*x.shape[:-1], -1)
 
 

@@ -1,8 +1,10 @@
 """slot_linear against plain autograd, row by row."""
 
+import numpy as np
+import pytest
 import torch
 
-from graftwork.lora.linear import Factors, Segment, slot_linear
+from graftwork.lora.linear import Factors, Segment, SlotBatch, slot_linear, slot_linear_batched
 
 
 def _case(dtype: torch.dtype = torch.float64):
@@ -70,3 +72,49 @@ def test_a_nan_in_one_segment_stays_in_it() -> None:
     y.sum().backward()
     assert torch.isfinite(y[:6]).all() and factors.grad_a is not None
     assert torch.isfinite(factors.grad_a[1]).all() and torch.isnan(factors.grad_a[10]).any()
+
+
+def _batch_case(lengths: list[int], slots: list[int], before: int):
+    """`before` rows of the bare base, then a segment a slot."""
+    x, weight, bias, a, b, _ = _case()
+    torch.manual_seed(2)
+    x = torch.randn(before + sum(lengths), 6, dtype=x.dtype)
+    ends = (before + np.cumsum(lengths)).tolist()
+    segments = [
+        Segment(slot, end - length, end, 0.5 + index)
+        for index, (slot, length, end) in enumerate(zip(slots, lengths, ends, strict=True))
+    ]
+    return x, weight, bias, a, b, segments
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [4, 1, 2], [1, 1, 1]])
+@pytest.mark.parametrize("slots", [[4, 5, 6], [0, 3, 11]])
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_batch_of_slots_equals_the_formula(lengths: list[int], slots: list[int], before: int) -> None:
+    x, weight, bias, a, b, segments = _batch_case(lengths, slots, before)
+    batch = SlotBatch.of(segments, x)
+    assert batch is not None and (batch.rows is None) == (len(set(lengths)) == 1)
+    expected = _plain(x, weight, bias, a, b, segments)
+    torch.testing.assert_close(slot_linear_batched(x, weight, bias, Factors(a, b), batch), expected)
+
+
+def test_a_nan_in_a_batch_stays_in_its_segment() -> None:
+    """In the rows and in the weights of a slot, also where short segments are filled up."""
+    x, weight, bias, a, b, segments = _batch_case([4, 1, 2], [0, 3, 11], 2)
+    batch = SlotBatch.of(segments, x)
+    assert batch is not None
+    x[2] = float("nan")  # the row that fills up the others
+    y = slot_linear_batched(x, weight, bias, Factors(a, b), batch)
+    assert torch.isnan(y[2]).all() and torch.isfinite(y[torch.arange(9) != 2]).all()
+    x[2], b[3] = 0.0, float("nan")
+    y = slot_linear_batched(x, weight, bias, Factors(a, b), batch)
+    assert torch.isnan(y[6]).all() and torch.isfinite(y[torch.arange(9) != 6]).all()
+
+
+def test_segments_that_no_batch_serves() -> None:
+    x = torch.zeros(1)
+    assert SlotBatch.of([Segment(1, 0, 4, 1.0)], x) is None
+    assert SlotBatch.of([Segment(1, 0, 4, 1.0), Segment(2, 5, 9, 1.0)], x) is None  # a gap
+    assert SlotBatch.of([Segment(slot, 1000 * slot, 1000 * slot + 1000, 1.0) for slot in range(4)], x) is not None
+    uneven = [Segment(0, 0, 4000, 1.0), *(Segment(slot, 3999 + slot, 4000 + slot, 1.0) for slot in range(1, 4))]
+    assert SlotBatch.of(uneven, x) is None
