@@ -22,6 +22,9 @@ from graftwork.errors import ModelError
 
 NAME = "graftwork"
 
+Qkv = tuple[Tensor, Tensor, Tensor]
+"""q [Hq, n, D], k and v [Hkv, n, D] of some rows; or of sequences, with their count in front."""
+
 
 class AttentionPlan(Protocol):
     """How the rows of one forward pass attend."""
@@ -43,12 +46,21 @@ class Group:
     def rows(self) -> slice:
         return slice(self.start, self.start + self.count * self.length)
 
+    @property
+    def parts(self) -> list[Group]:
+        return [self]
+
     def moved(self, rows: int) -> Group:
         return Group(self.start + rows, self.count, self.length)
 
-    def sequences(self, flat: Tensor) -> Tensor:
-        """(count, H, length, D) of rows (H, T, D)."""
-        return flat[:, self.rows].unflatten(1, (self.count, self.length)).transpose(0, 1)
+    def attend(self, parts: Iterator[Qkv], scale: float) -> Iterator[Tensor]:
+        """Takes the rows of its parts, and gives [rows, Hq, D] for each."""
+        yield _causal(*self.sequences(next(parts)), scale)
+
+    def sequences(self, qkv: Qkv) -> Qkv:
+        """(count, H, length, D) of the group's rows (H, count * length, D)."""
+        q, k, v = (t.unflatten(1, (self.count, self.length)).transpose(0, 1) for t in qkv)
+        return q, k, v
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,20 @@ class Families:
     beginnings: Group
     own: Sequence[Own]
 
+    @property
+    def parts(self) -> list[Group]:
+        return [self.beginnings, *(each.group for each in self.own)]
+
+    def attend(self, parts: Iterator[Qkv], scale: float) -> Iterator[Tensor]:
+        """As of a Group."""
+        q, begun_k, begun_v = self.beginnings.sequences(next(parts))
+        yield _causal(q, begun_k, begun_v, scale)
+        for each in self.own:
+            q, own_k, own_v = each.group.sequences(next(parts))
+            keys = torch.cat([_Spread.apply(begun_k, each.family), own_k], 2)
+            values = torch.cat([_Spread.apply(begun_v, each.family), own_v], 2)
+            yield _causal_behind(q, keys, values, scale)
+
     def moved(self, rows: int) -> Families:
         return Families(self.beginnings.moved(rows), [Own(each.group.moved(rows), each.family) for each in self.own])
 
@@ -81,27 +107,15 @@ class PackedPlan:
     groups: Sequence[Group | Families]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        outputs = [out for group in self.groups for out in _attended(group, q, k, v, scale)]
+        counts = [part.count * part.length for group in self.groups for part in group.parts]
+        # The gradient of a split is one concatenation; that of each slice would be zeros for all rows.
+        parts = zip(*(t.split(counts, 1) for t in (q, k, v)), strict=True)
+        outputs = [out for group in self.groups for out in group.attend(parts, scale)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def moved(self, rows: int) -> PackedPlan:
         """The same sequences, so many rows further down."""
         return PackedPlan([group.moved(rows) for group in self.groups])
-
-
-def _attended(group: Group | Families, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[Tensor]:
-    """The group's rows in order, in pieces [rows, Hq, D]."""
-    if isinstance(group, Group):
-        yield _causal(group.sequences(q), group.sequences(k), group.sequences(v), scale)
-        return
-    yield from _attended(group.beginnings, q, k, v, scale)
-    beginnings = [group.beginnings.sequences(t) for t in (k, v)]
-    for own in group.own:
-        keys, values = (
-            torch.cat([_Spread.apply(begun, own.family), own.group.sequences(t)], 2)
-            for begun, t in zip(beginnings, (k, v), strict=True)
-        )
-        yield _causal_behind(own.group.sequences(q), keys, values, scale)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
