@@ -64,7 +64,7 @@ class Work:
     learning_rate: float = 2e-3
     warmup_steps: int = 4
     skip_equal_groups: bool = False
-    trainer_threads: int = 2
+    trainer_threads: int = 1
     inference_threads: int = 1
 
 

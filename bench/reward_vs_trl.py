@@ -52,7 +52,9 @@ def measure(setting: Setting) -> Iterator[Measured]:
         return trl_run(trl_of(seed, setting.device, FOLDER / "reward_trl", pass_sequences=PASS_SEQUENCES, **settings))
 
     def ours(seed: int) -> Told:
-        work = Work(setting.device, (seed,), steps=STEPS_MAX, skip_equal_groups=True, inference_threads=2)
+        work = Work(
+            setting.device, (seed,), steps=STEPS_MAX, skip_equal_groups=True, trainer_threads=2, inference_threads=2
+        )
         return train(work, FOLDER / "reward", lambda rows: is_there([row["reward"] for row in rows], wanted))
 
     tried = {rate: peer(seeds[0], rate) for rate in rates}
