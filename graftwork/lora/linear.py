@@ -11,7 +11,8 @@ Source: LoRA (arXiv 2106.09685); many adapters in one call by segments of rows a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -139,16 +140,36 @@ def slot_linear(
 def slot_linear_batched(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, batch: SlotBatch) -> Tensor:
     """What `slot_linear` computes without gradients, for the segments of `batch`."""
     y = torch.nn.functional.linear(x, weight, bias)
+    with _one_thread(x.device):
+        _add_batched_updates(y, x, factors, batch)
+    return y
+
+
+def _add_batched_updates(y: Tensor, x: Tensor, factors: Factors, batch: SlotBatch) -> None:
     a, b = factors.a[batch.slots], factors.b[batch.slots]  # (K, r, in), (K, out, r)
     own_x, own_y = x[batch.start : batch.stop], y[batch.start : batch.stop]
     if batch.rows is None or batch.places is None:
         u = torch.bmm(own_x.view(len(a), -1, x.shape[1]), a.mT) * batch.scales  # (K, M, r)
         own_y.view(len(a), -1, y.shape[1]).baddbmm_(u, b.mT)
-        return y
+        return
     filled = own_x.index_select(0, batch.rows).view(len(a), -1, x.shape[1])
     u = torch.bmm(filled, a.mT) * batch.scales
     own_y.add_(torch.bmm(u, b.mT).flatten(0, 1).index_select(0, batch.places))
-    return y
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, for small products: waking the other threads for one takes longer than the product. The setting is the
+    calling thread's, but MKL's is the process's: another thread's products are slower meanwhile."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _add_updates(y: Tensor, x: Tensor, factors: Factors, segments: Sequence[Segment]) -> list[Tensor]:
