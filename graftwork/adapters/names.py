@@ -15,7 +15,7 @@ Our own names are paths of the base's modules, the experts of a layer as one: `m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,9 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 FUSED = "gate_up_proj"
 NUMBERED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Mixtral's names, and those of older trainers."""
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers of one module that get the same input."""
 
 _WRAPPERS = (
     ("language_model.model.", "model."),
@@ -77,6 +80,20 @@ class TensorName:
         path, layout, expert = place
         side: Side = "A" if match["side"] == "A" else "B"
         return TensorName(path, module.removesuffix(".base_layer"), side, layout, expert, match["adapter"])
+
+
+def siblings(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, ...]]:
+    """The dense modules of `shapes`, path -> (out, in), in tuples that get the same input; each in one, maybe alone."""
+    found: list[tuple[str, ...]] = []
+    dense = {path: shape[1] for path, shape in shapes.items() if len(shape) == 2}
+    for path in dense:
+        parent, _, leaf = path.rpartition(".")
+        names = next((names for names in SAME_INPUT if leaf in names), (leaf,))
+        paths = tuple(f"{parent}.{name}" if parent else name for name in names)
+        together = tuple(other for other in paths if dense.get(other) == dense[path])
+        if together[0] == path:
+            found.append(together)
+    return found
 
 
 def _place(parts: list[str]) -> tuple[str, Layout, int | None] | None:

@@ -131,7 +131,7 @@ class Part:
 
 
 class _SlotExperts(torch.autograd.Function):
-    """One product over all experts, with the slots' updates; as `_SlotLinear`, group by group."""
+    """One product over all experts, with the slots' updates; as `_SlotLinears`, group by group."""
 
     @staticmethod
     def forward(
@@ -235,7 +235,7 @@ def slot_experts(
     """y [T, H] for x [T, H], its experts experts_of [T, K] int64 and their weights weights_of [T, K].
 
     parts    factors by projection, any of gate_proj, up_proj, down_proj
-    anchor   as in `slot_linear`
+    anchor   as in `slot_linears`
     """
     middle = base.down.shape[2]
     ranks = [factors.a.shape[-2] for factors in parts.values()]

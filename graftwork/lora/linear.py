@@ -1,9 +1,11 @@
-"""The adapted linear layer as a pure function of tensors: rows of several slots in one call.
+"""Adapted linear layers as pure functions of tensors: rows of several slots in one call.
 
     y = x W^T + b;    y[rows of slot k] += scale_k * (x[rows of slot k] A_k^T) B_k^T
 
 A [S, r, in] and B [S, out, r] are stacked over slots and are never re-stacked: a segment reads its slot in place. The
-scale goes into the small rows x r product. Gradients of A and B are added to buffers of the same shape, in place:
+scale goes into the small rows x r product. Layers that get the same input (q, k and v; gate and up) are computed in one
+call: their A lie one above the other, so that one product shrinks the input for all, and one gives it its gradient.
+Gradients of A and B are added to buffers of the same shape, in place:
 autograd would make a dense gradient over all slots for one indexed slot.
 
 Source: LoRA (arXiv 2106.09685); many adapters in one call by segments of rows as in Punica (arXiv 2310.18547).
@@ -91,70 +93,120 @@ class SlotBatch:
         return SlotBatch(start, stop, slots, scales, rows.to(like.device), places.to(like.device))
 
 
-class _SlotLinear(torch.autograd.Function):
-    """Saves the input and the shrunk rows (rows x r) only. `anchor` makes autograd call backward at the first layer,
-    where the input itself needs no gradient; it gets none."""
+@dataclass(frozen=True)
+class Siblings:
+    """The stacked factors of n layers that get the same input.
+
+    members       each layer's; n may be 1
+    a [S, n * r, in], grad_a likewise: the members' own, one above the other in the same memory
+    """
+
+    members: Sequence[Factors]
+    a: Tensor
+    grad_a: Tensor | None = None
+
+    @staticmethod
+    def alone(factors: Factors) -> Siblings:
+        return Siblings((factors,), factors.a, factors.grad_a)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A layer of the base: weight [out, in], bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class _SlotLinears(torch.autograd.Function):
+    """Saves the input and the shrunk rows (rows x n * r) only. `anchor` makes autograd call backward at the first
+    layer, where the input itself needs no gradient; it gets none."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor | None, weight: Tensor, bias: Tensor | None, factors: Factors,
+        ctx: Any, x: Tensor, anchor: Tensor | None, layers: Sequence[Frozen], siblings: Siblings,
         segments: Sequence[Segment],
-    ) -> Tensor:  # fmt: skip
-        y = torch.nn.functional.linear(x, weight, bias)
-        shrunk = _add_updates(y, x, factors, segments)
-        ctx.save_for_backward(x, weight, factors.a, factors.b, *shrunk)
-        ctx.factors, ctx.segments = factors, segments
-        return y
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ys = tuple(layer(x) for layer in layers)
+        shrunk = _add_updates(ys, x, siblings, segments)
+        ctx.save_for_backward(x, *(layer.weight for layer in layers), *shrunk)
+        ctx.siblings, ctx.segments = siblings, segments
+        return ys
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, *shrunk = ctx.saved_tensors
-        factors: Factors = ctx.factors
-        assert factors.grad_a is not None and factors.grad_b is not None
-        grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
-        for segment, u in zip(ctx.segments, shrunk, strict=True):
+    def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Tensor | None, ...]:
+        siblings: Siblings = ctx.siblings
+        count = len(siblings.members)
+        x, *saved = ctx.saved_tensors
+        grad_x = _base_backward(grad_ys, saved[:count]) if ctx.needs_input_grad[0] else None
+        for segment, u in zip(ctx.segments, saved[count:], strict=True):
             rows = slice(segment.start, segment.stop)
-            grad_rows = grad_y[rows]  # (rows, out)
-            grad_u = (grad_rows @ b[segment.slot]) * segment.scale  # (rows, r)
-            accumulate(factors.grad_b[segment.slot], grad_rows.T, u)
-            accumulate(factors.grad_a[segment.slot], grad_u.T, x[rows])
+            grad_rows = [grad_y[rows] for grad_y in grad_ys]  # (rows, out) each
+            grad_u = _shrunk_backward(grad_rows, u, siblings, segment)
+            assert siblings.grad_a is not None
+            accumulate(siblings.grad_a[segment.slot], grad_u.T, x[rows])
             if grad_x is not None:
-                grad_x[rows].addmm_(grad_u, a[segment.slot])
-        return grad_x, None, None, None, None, None
+                grad_x[rows].addmm_(grad_u, siblings.a[segment.slot])
+        return grad_x, None, None, None, None
 
 
-def slot_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, segments: Sequence[Segment], anchor: Tensor | None
-) -> Tensor:
-    """y [T, out] for x [T, in], weight [out, in]. `segments` are ascending and do not overlap.
+def _base_backward(grad_ys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    grad_x = grad_ys[0] @ weights[0]
+    for grad_y, weight in zip(grad_ys[1:], weights[1:], strict=True):
+        grad_x.addmm_(grad_y, weight)
+    return grad_x
 
-    anchor   any tensor that requires a gradient: given, the backward pass fills the gradient buffers of `factors`.
+
+def _shrunk_backward(grad_rows: Sequence[Tensor], u: Tensor, siblings: Siblings, segment: Segment) -> Tensor:
+    """Add one segment's gradients of the members' B to their buffers; return that of x A^T, (rows, n * r)."""
+    grads = []
+    for member, grad, own_u in zip(siblings.members, grad_rows, u.chunk(len(grad_rows), 1), strict=True):
+        assert member.grad_b is not None
+        grads.append(grad @ member.b[segment.slot])
+        accumulate(member.grad_b[segment.slot], grad.T, own_u)
+    return (torch.cat(grads, 1) if len(grads) > 1 else grads[0]) * segment.scale
+
+
+def slot_linears(
+    x: Tensor, layers: Sequence[Frozen], siblings: Siblings, segments: Sequence[Segment], anchor: Tensor | None
+) -> tuple[Tensor, ...]:
+    """y [T, out] of each layer, for x [T, in]. `segments` are ascending and do not overlap.
+
+    anchor   any tensor that requires a gradient: given, the backward pass fills the gradient buffers of the factors.
     """
     if anchor is not None and torch.is_grad_enabled():
-        return _SlotLinear.apply(x, anchor, weight, bias, factors, segments)
-    y = torch.nn.functional.linear(x, weight, bias)
-    _add_updates(y, x, factors, segments)
-    return y
+        return _SlotLinears.apply(x, anchor, layers, siblings, segments)
+    ys = tuple(layer(x) for layer in layers)
+    _add_updates(ys, x, siblings, segments)
+    return ys
 
 
-def slot_linear_batched(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, batch: SlotBatch) -> Tensor:
-    """What `slot_linear` computes without gradients, for the segments of `batch`."""
-    y = torch.nn.functional.linear(x, weight, bias)
+def slot_linears_batched(
+    x: Tensor, layers: Sequence[Frozen], siblings: Siblings, batch: SlotBatch
+) -> tuple[Tensor, ...]:
+    """What `slot_linears` computes without gradients, for the segments of `batch`."""
+    ys = tuple(layer(x) for layer in layers)
     with _one_thread(x.device):
-        _add_batched_updates(y, x, factors, batch)
-    return y
+        _add_batched_updates(ys, x, siblings, batch)
+    return ys
 
 
-def _add_batched_updates(y: Tensor, x: Tensor, factors: Factors, batch: SlotBatch) -> None:
-    a, b = factors.a[batch.slots], factors.b[batch.slots]  # (K, r, in), (K, out, r)
-    own_x, own_y = x[batch.start : batch.stop], y[batch.start : batch.stop]
-    if batch.rows is None or batch.places is None:
-        u = torch.bmm(own_x.view(len(a), -1, x.shape[1]), a.mT) * batch.scales  # (K, M, r)
-        own_y.view(len(a), -1, y.shape[1]).baddbmm_(u, b.mT)
-        return
-    filled = own_x.index_select(0, batch.rows).view(len(a), -1, x.shape[1])
-    u = torch.bmm(filled, a.mT) * batch.scales
-    own_y.add_(torch.bmm(u, b.mT).flatten(0, 1).index_select(0, batch.places))
+def _add_batched_updates(ys: Sequence[Tensor], x: Tensor, siblings: Siblings, batch: SlotBatch) -> None:
+    a = siblings.a[batch.slots]  # (K, n * r, in)
+    own_x = x[batch.start : batch.stop]
+    if batch.rows is not None:
+        own_x = own_x.index_select(0, batch.rows)
+    us = (torch.bmm(own_x.view(len(a), -1, x.shape[1]), a.mT) * batch.scales).chunk(len(ys), 2)  # (K, M, r) each
+    for y, u, member in zip(ys, us, siblings.members, strict=True):
+        b = member.b[batch.slots]  # (K, out, r)
+        own_y = y[batch.start : batch.stop]
+        if batch.places is None:
+            own_y.view(len(a), -1, y.shape[1]).baddbmm_(u, b.mT)
+        else:
+            own_y.add_(torch.bmm(u, b.mT).flatten(0, 1).index_select(0, batch.places))
 
 
 @contextmanager
@@ -172,13 +224,15 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _add_updates(y: Tensor, x: Tensor, factors: Factors, segments: Sequence[Segment]) -> list[Tensor]:
-    """Add each segment's low-rank update to its rows of y; return the scaled shrunk rows, (rows, r) a segment."""
+def _add_updates(ys: Sequence[Tensor], x: Tensor, siblings: Siblings, segments: Sequence[Segment]) -> list[Tensor]:
+    """Add each segment's low-rank updates to its rows of each y; return the scaled shrunk rows, (rows, n * r) a
+    segment."""
     shrunk = []
     for segment in segments:
         rows = slice(segment.start, segment.stop)
-        u = (x[rows] @ factors.a[segment.slot].T) * segment.scale
-        y[rows].addmm_(u, factors.b[segment.slot].T)
+        u = (x[rows] @ siblings.a[segment.slot].T) * segment.scale
+        for y, member, own_u in zip(ys, siblings.members, u.chunk(len(ys), 1), strict=True):
+            y[rows].addmm_(own_u, member.b[segment.slot].T)
         shrunk.append(u)
     return shrunk
 

@@ -13,7 +13,7 @@ rank: a run's gradients are summed over the ranks once a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from graftwork.adapters.canonical import Adapter, LoraPair, Shape
+from graftwork.adapters.names import siblings
 from graftwork.adapters.prepare import PreparedInitAdapter, SlotSpec
-from graftwork.lora.linear import Factors
+from graftwork.lora.linear import Factors, Siblings
 from graftwork.parallel.parts import fill, local, own_part, sharded_rows, summed, whole
 
-ALIGN = 16  # floats: every factor starts on a 64-byte boundary of its row
+ALIGN = 16  # floats: a factor, and the A of siblings together, start on a 64-byte boundary of their row
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,23 @@ class SlotLayout:
         self.spec = spec
         self.places: dict[str, Place] = {}
         start = 0
-        for path in sorted(spec.shapes):
-            *experts, out_features, in_features = spec.shapes[path]
-            per_rank = math.prod(experts) * spec.max_rank
-            a_start, start = start, start + _aligned(per_rank * in_features)
-            b_start, start = start, start + _aligned(per_rank * out_features)
-            self.places[path] = Place(a_start, b_start, tuple(spec.shapes[path]))
+        self.siblings = siblings(spec.shapes)
+        """Paths of dense modules that get the same input; their A lie one above the other."""
+        experts = [(path,) for path, shape in spec.shapes.items() if len(shape) == 3]
+        for paths in sorted([*self.siblings, *experts]):
+            a_starts = []
+            for path in paths:
+                a_starts.append(start)
+                start += self._per_rank(path) * spec.shapes[path][-1]
+            start = _aligned(start)
+            for path, a_start in zip(paths, a_starts, strict=True):
+                self.places[path] = Place(a_start, start, tuple(spec.shapes[path]))
+                start = _aligned(start + self._per_rank(path) * spec.shapes[path][-2])
         self.row_numel = start
+
+    def _per_rank(self, path: str) -> int:
+        """Vectors of a factor: rank, times experts."""
+        return math.prod(self.spec.shapes[path][:-2]) * self.spec.max_rank
 
     def factors(self, table: Tensor, path: str) -> tuple[Tensor, Tensor]:
         """Views A [S, r, in] and B [S, out, r] of `table [S, P]`; experts A [S, E, r, in] and B [S, E, out, r]."""
@@ -60,6 +71,12 @@ class SlotLayout:
         a = table[:, place.a_start : place.a_start + count * in_features]
         b = table[:, place.b_start : place.b_start + count * out_features]
         return a.view(-1, *experts, rank, in_features), b.view(-1, *experts, out_features, rank)
+
+    def stacked_a(self, table: Tensor, paths: Sequence[str]) -> Tensor:
+        """The view [S, n * r, in] of `table [S, P]` that holds the A of n siblings."""
+        start, width = self.places[paths[0]].a_start, self.spec.shapes[paths[0]][-1]
+        numel = len(paths) * self.spec.max_rank * width
+        return table[:, start : start + numel].view(-1, numel // width, width)
 
     def pack(self, adapter: Adapter) -> Tensor:
         """A row [P] fp32 on the CPU that holds `adapter`; rank beyond the adapter's is zero."""
@@ -128,6 +145,7 @@ class SlotBank:
     gradients  [S, P] fp32, or None; with a mesh, of this rank's micro-batches
     factors    module path -> Factors: views of the compute copy (the masters themselves where they are whole and the
                base is fp32)
+    siblings   of dense modules: paths that get the same input -> their factors together, views likewise
     """
 
     def __init__(
@@ -144,12 +162,20 @@ class SlotBank:
         self._compute = self.weights if aliased else torch.zeros(slots, numel, device=device, dtype=dtype)
         self.anchor = torch.zeros((), device=device, requires_grad=True) if gradients else None
         self.factors: Mapping[str, Factors] = {path: self._views(path) for path in self.layout.places}
+        self.siblings: Mapping[tuple[str, ...], Siblings] = {
+            paths: self._views_together(paths) for paths in self.layout.siblings
+        }
 
     def _views(self, path: str) -> Factors:
         a, b = self.layout.factors(self._compute, path)
         if self.gradients is None:
             return Factors(a, b)
         return Factors(a, b, *self.layout.factors(self.gradients, path))
+
+    def _views_together(self, paths: tuple[str, ...]) -> Siblings:
+        gradients = None if self.gradients is None else self.layout.stacked_a(self.gradients, paths)
+        members = [self.factors[path] for path in paths]
+        return Siblings(members, self.layout.stacked_a(self._compute, paths), gradients)
 
     @property
     def slots(self) -> int:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.adapters.canonical import Shape
-from graftwork.adapters.names import EXPERT_PARTS, EXPERTS, FUSED
+from graftwork.adapters.names import EXPERT_PARTS, EXPERTS, FUSED, siblings
 from graftwork.config.section import ALL_LINEAR
 from graftwork.errors import ModelError
 from graftwork.lora.experts import ExpertWeights, slot_experts
-from graftwork.lora.linear import Segment, SlotBatch, slot_linear, slot_linear_batched
+from graftwork.lora.linear import Frozen, Segment, SlotBatch, slot_linears, slot_linears_batched
 from graftwork.lora.slots import SlotBank
 
 
@@ -62,22 +62,47 @@ class Routing:
 class SlotLinear(nn.Module):
     """A frozen linear layer of the base that adds, row by row, what the route says. It holds no adapter weights."""
 
-    def __init__(self, path: str, base: nn.Linear, routing: Routing) -> None:
+    same_input: SameInput
+
+    def __init__(self, path: str, base: nn.Linear) -> None:
         super().__init__()
-        self.path, self.routing = path, routing
+        self.path = path
         self.weight, self.bias = base.weight, base.bias
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        return self.same_input.output(self.path, x)
+
+
+class SameInput:
+    """Layers that transformers gives the same input one after another, as q, k and v. The first that is called computes
+    all of them; the others' outputs wait for the call with that very tensor."""
+
+    def __init__(self, members: Sequence[SlotLinear], routing: Routing) -> None:
+        self.members, self.routing = members, routing
+        self.paths = tuple(member.path for member in members)
+        self._x: Tensor | None = None
+        self._waiting: dict[str, Tensor] = {}
+
+    def output(self, path: str, x: Tensor) -> Tensor:
+        if x is not self._x or path not in self._waiting:
+            self._x, self._waiting = x, dict(zip(self.paths, self._outputs(x), strict=True))
+        y = self._waiting.pop(path)
+        if not self._waiting:
+            self._x = None
+        return y
+
+    def _outputs(self, x: Tensor) -> list[Tensor]:
         route = self.routing.current
         assert route is not None, "the base is called through BaseModel"
         rows = x.reshape(-1, x.shape[-1])
-        factors = route.bank.factors[self.path]
+        layers = [Frozen(member.weight, member.bias) for member in self.members]
+        siblings = route.bank.siblings[self.paths]
         if route.batch is not None:
-            y = slot_linear_batched(rows, self.weight, self.bias, factors, route.batch)
+            ys = slot_linears_batched(rows, layers, siblings, route.batch)
         else:
-            y = slot_linear(rows, self.weight, self.bias, factors, route.segments, route.bank.anchor)
-        return y.view(*x.shape[:-1], -1)
+            ys = slot_linears(rows, layers, siblings, route.segments, route.bank.anchor)
+        return [y.view(*x.shape[:-1], -1) for y in ys]
 
 
 class SlotExperts(nn.Module):
@@ -115,13 +140,18 @@ def inject(model: Any, targets: Sequence[str], routing: Routing) -> dict[str, Sh
             continue
         if isinstance(module, nn.Linear) and (everything or name in targets):
             _refuse_lone_expert(path)
-            setattr(model.get_submodule(parent_path), name, SlotLinear(path, module, routing))
+            setattr(model.get_submodule(parent_path), name, SlotLinear(path, module))
             shapes[path] = (module.out_features, module.in_features)
         elif parts := _expert_parts(module, EXPERT_PARTS if everything else targets):
             _refuse_unusual_experts(path, module)
             setattr(model.get_submodule(parent_path), name, SlotExperts(path, module, routing, parts))
             shapes.update({f"{path}.{part}": _expert_shape(module, part) for part in parts})
     _refuse_absent(model, targets, shapes, everything)
+    for paths in siblings(shapes):
+        members = [model.get_submodule(path) for path in paths]
+        together = SameInput(members, routing)
+        for member in members:
+            member.same_input = together
     return shapes
 
 

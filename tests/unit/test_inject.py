@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from graftwork.adapters.names import siblings
 from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import ModelError
+from graftwork.lora.linear import Frozen, slot_linears
+from graftwork.model.attention import Group, PackedPlan
 from graftwork.model.base import load_base, slot_spec
-from graftwork.model.inject import Routing, inject
+from graftwork.model.inject import Route, Routing, inject
+from graftwork.model.layers import compile_layers
 from proofs.adapter_models import CONFIGS, EXPERTS, HIDDEN, MIDDLE, SHAPE, make_base
 
 
@@ -105,3 +111,36 @@ def test_sequences_stay_within_what_a_plain_causal_pass_computes(tmp_path: Path)
         model.save_pretrained(tmp_path / name)
         base = load_base(ModelConfig(path=str(tmp_path / name), dtype="float32", device="cpu"), LoraConfig())
         assert base.max_positions == {"window": 40, "long": 64}[name]
+
+
+# --- layers with the same input ---------------------------------------------------------------------------------------
+
+
+def test_siblings_are_found_by_name_and_input() -> None:
+    shapes = {
+        "a.q_proj": (8, 4), "a.k_proj": (2, 4), "a.v_proj": (2, 4), "a.o_proj": (4, 8), "b.gate_proj": (6, 4),
+        "b.up_proj": (6, 5), "c.k_proj": (2, 4), "d.experts.gate_proj": (3, 6, 4), "d.experts.up_proj": (3, 6, 4),
+    }  # fmt: skip
+    assert siblings(shapes) == [
+        ("a.q_proj", "a.k_proj", "a.v_proj"), ("a.o_proj",), ("b.gate_proj",), ("b.up_proj",), ("c.k_proj",)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_layers_with_the_same_input_are_computed_once(
+    tiny_model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, backend: str | None
+) -> None:
+    """A layer of Qwen3 has four of them: q, k, v; o; gate, up; down. Also where what is between them is compiled."""
+    calls: list[int] = []
+
+    def counting(x: torch.Tensor, layers: Sequence[Frozen], *rest: Any) -> tuple[torch.Tensor, ...]:
+        calls.append(len(layers))
+        return slot_linears(x, layers, *rest)
+
+    base = load_base(tiny_model_config, LoraConfig(max_rank=4))
+    if backend is not None:
+        compile_layers(base.trunk.body, backend)
+    monkeypatch.setattr("graftwork.model.inject.slot_linears", counting)
+    tokens, bank = torch.arange(6), base.new_bank(1, gradients=False)
+    base.hidden(tokens, tokens, PackedPlan([Group(0, 1, 6)]), Route(bank, ()))
+    assert calls == [3, 1, 2, 1] * 2

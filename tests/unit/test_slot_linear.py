@@ -1,10 +1,28 @@
-"""slot_linear against plain autograd, row by row."""
+"""slot_linears against plain autograd, row by row."""
 
 import numpy as np
 import pytest
 import torch
 
-from graftwork.lora.linear import Factors, Segment, SlotBatch, slot_linear, slot_linear_batched
+from graftwork.lora.linear import (
+    Factors,
+    Frozen,
+    Segment,
+    Siblings,
+    SlotBatch,
+    slot_linears,
+    slot_linears_batched,
+)
+
+
+def slot_linear(x, weight, bias, factors: Factors, segments, anchor) -> torch.Tensor:
+    [y] = slot_linears(x, [Frozen(weight, bias)], Siblings.alone(factors), segments, anchor)
+    return y
+
+
+def slot_linear_batched(x, weight, bias, factors: Factors, batch: SlotBatch) -> torch.Tensor:
+    [y] = slot_linears_batched(x, [Frozen(weight, bias)], Siblings.alone(factors), batch)
+    return y
 
 
 def _case(dtype: torch.dtype = torch.float64):
@@ -118,3 +136,51 @@ def test_segments_that_no_batch_serves() -> None:
     assert SlotBatch.of([Segment(slot, 1000 * slot, 1000 * slot + 1000, 1.0) for slot in range(4)], x) is not None
     uneven = [Segment(0, 0, 4000, 1.0), *(Segment(slot, 3999 + slot, 4000 + slot, 1.0) for slot in range(1, 4))]
     assert SlotBatch.of(uneven, x) is None
+
+
+# --- layers with the same input ---------------------------------------------------------------------------------------
+
+WIDTHS = (5, 2, 7)
+
+
+def _together() -> tuple[Siblings, list[Frozen]]:
+    """Three layers of an input of 6, whose A lie one above the other."""
+    torch.manual_seed(3)
+    n, dtype = len(WIDTHS), torch.float64
+    a, grad_a = torch.randn(12, n * 3, 6, dtype=dtype), torch.zeros(12, n * 3, 6, dtype=dtype)
+    members = []
+    for i, width in enumerate(WIDTHS):
+        b, rows = torch.randn(12, width, 3, dtype=dtype), slice(3 * i, 3 * i + 3)
+        members.append(Factors(a[:, rows], b, grad_a[:, rows], torch.zeros_like(b)))
+    layers = [Frozen(torch.randn(width, 6, dtype=dtype), torch.randn(width, dtype=dtype)) for width in WIDTHS]
+    return Siblings(members, a, grad_a), layers
+
+
+def test_siblings_together_are_what_each_is_alone() -> None:
+    x, *_, segments = _case()
+    together, layers = _together()
+    upstream = [torch.randn(10, width, dtype=x.dtype) for width in WIDTHS]
+    anchor = torch.zeros((), requires_grad=True)
+    x1, x2 = (x.clone().requires_grad_() for _ in range(2))
+    ys = slot_linears(x1, layers, together, segments, anchor)
+    torch.autograd.backward(ys, upstream)
+    for y, layer, member, above in zip(ys, layers, together.members, upstream, strict=True):
+        alone = Factors(member.a, member.b, torch.zeros_like(member.a), torch.zeros_like(member.b))
+        expected = slot_linear(x2, layer.weight, layer.bias, alone, segments, anchor)
+        expected.backward(above)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(member.grad_a, alone.grad_a)
+        torch.testing.assert_close(member.grad_b, alone.grad_b)
+    torch.testing.assert_close(x1.grad, x2.grad)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [4, 1, 2]])
+def test_a_batch_of_slots_for_siblings_equals_each_alone(lengths: list[int]) -> None:
+    x, *_, segments = _batch_case(lengths, [0, 3, 11], 2)
+    together, layers = _together()
+    batch = SlotBatch.of(segments, x)
+    assert batch is not None
+    for y, layer, member in zip(
+        slot_linears_batched(x, layers, together, batch), layers, together.members, strict=True
+    ):
+        torch.testing.assert_close(y, slot_linear(x, layer.weight, layer.bias, member, segments, None))
