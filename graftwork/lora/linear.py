@@ -12,7 +12,7 @@ Source: LoRA (arXiv 2106.09685); many adapters in one call by segments of rows a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,10 @@ from torch import Tensor
 FILLED_ROWS_MAX = 256
 FILLED_SHARE_MAX = 2
 """A batch of slots is filled up to so many rows, or so many times the rows that there are."""
+
+
+ONE_THREAD_ROWS_MAX = 128
+"""Up to so many rows the products of a batch of slots are too small for several threads."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def slot_linear(
 def slot_linear_batched(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, batch: SlotBatch) -> Tensor:
     """What `slot_linear` computes without gradients, for the segments of `batch`."""
     y = torch.nn.functional.linear(x, weight, bias)
-    with _one_thread(x.device):
+    with _one_thread(x.device) if len(x) <= ONE_THREAD_ROWS_MAX else nullcontext():
         _add_batched_updates(y, x, factors, batch)
     return y
 
