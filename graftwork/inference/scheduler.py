@@ -142,9 +142,9 @@ class Scheduler:
         tokens = np.concatenate([prompt.token_ids for prompt in prompts])
         positions = np.concatenate([np.arange(length) for length in lengths])
         plan = PrefillPlan(self.cache, self._groups(lengths, lanes))
-        hidden = self.base.hidden(
-            self._tensor(tokens), self._tensor(positions), plan, Route(self.bank, segments_of(slots, scales))
-        )
+        segments = segments_of(slots, scales)
+        route = Route(self.bank, segments, SlotBatch.of(segments, self.base.head))
+        hidden = self.base.hidden(self._tensor(tokens), self._tensor(positions), plan, route)
         logits = self._logits(hidden[self._tensor(np.cumsum(lengths) - 1)])  # (prompts, V)
         self.counters.prefilled_prompts += len(prompts)
         self.counters.prefilled_tokens += len(tokens)

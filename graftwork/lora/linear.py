@@ -14,7 +14,7 @@ Source: LoRA (arXiv 2106.09685); many adapters in one call by segments of rows a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,10 @@ from torch import Tensor
 FILLED_ROWS_MAX = 256
 FILLED_SHARE_MAX = 2
 """A batch of slots is filled up to so many rows, or so many times the rows that there are."""
+
+
+ONE_THREAD_ROWS_MAX = 128
+"""Up to so many rows the products of a batch of slots are too small for several threads."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def slot_linears_batched(
 ) -> tuple[Tensor, ...]:
     """What `slot_linears` computes without gradients, for the segments of `batch`."""
     ys = tuple(layer(x) for layer in layers)
-    with _one_thread(x.device):
+    with _one_thread(x.device) if len(x) <= ONE_THREAD_ROWS_MAX else nullcontext():
         _add_batched_updates(ys, x, siblings, batch)
     return ys
 
