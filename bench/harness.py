@@ -118,7 +118,7 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a benchmark runs. dtype: what the base computes in where the question is speed, the device's fast one."""
+    """Where a benchmark runs. quick: to see that it does; what it says then is no measurement."""
 
     device: torch.device
     quick: bool
@@ -168,7 +168,7 @@ def _append(measured: Measured, setting: Setting) -> None:
     line = {
         "row": measured.row, "name": measured.name,
         "ratio": None if measured.ratio is None else round(measured.ratio, 4),
-        "bar": measured.bar.value, "ok": measured.ok, "commit": commit(), "machine": where,
+        "bar": measured.bar.value, "ok": measured.ok, "commit": commit(but=["bench/results"]), "machine": where,
         "threads": torch.get_num_threads(), "versions": _versions(),
         "figures": {"date": datetime.date.today().isoformat(), "bar_is": measured.bar.is_, **measured.figures},
     }  # fmt: skip

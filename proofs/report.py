@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from typing import Any
 from graftwork.store.disk import Disk
 
 
-def commit() -> str:
-    """The commit that is checked out, with `+` when the tree has changes; "unknown" outside git."""
+def commit(*, but: Sequence[str] = ()) -> str:
+    """The commit that is checked out, with `+` when the tree has changes, but in these folders; "unknown" outside
+    git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
     head = git("rev-parse", "--short", "HEAD")
-    return (head or "unknown") + ("+" if git("status", "--porcelain") else "")
+    return (head or "unknown") + (
+        "+" if git("status", "--porcelain", "--", ".", *(f":!{folder}" for folder in but)) else ""
+    )
 
 
 def machine() -> str:

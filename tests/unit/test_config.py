@@ -1,13 +1,14 @@
 """Typed TOML: what is read back, what is refused, and in which words."""
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 
-from graftwork.config.load import build, dump, parse_toml
-from graftwork.config.run import RunConfig
-from graftwork.config.schema import RlConfig, SftConfig
+from graftwork.config.load import build, dump, load, parse_toml
+from graftwork.config.run import RunConfig, SubmitConfig
+from graftwork.config.schema import RlConfig, ServeConfig, SftConfig, shares_gpu
 from graftwork.errors import ConfigError
 
 MODEL = {"model": {"path": "base"}}
@@ -89,3 +90,22 @@ def undescribed(section: type[BaseModel]) -> list[str]:
 @pytest.mark.parametrize("section", [RlConfig, SftConfig, RunConfig])
 def test_every_key_has_a_help_text(section: type[BaseModel]) -> None:
     assert undescribed(section) == []
+
+
+# --- what examples/ has -----------------------------------------------------------------------------------------------
+
+KINDS = {"sft": SftConfig, "serve": ServeConfig, "many_tenants": ServeConfig, "run": SubmitConfig}
+EXAMPLES = sorted(Path("examples").glob("*/*.toml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+def test_every_example_is_a_configuration(path: Path) -> None:
+    load(KINDS.get(path.stem, RlConfig), path)
+
+
+def test_there_are_examples_for_one_gpu_two_gpus_and_many_tenants() -> None:
+    gpu = {path.stem: load(KINDS.get(path.stem, RlConfig), path) for path in EXAMPLES if path.parent.name == "gpu"}
+    assert set(gpu) == {"one_gpu", "two_gpus", "many_tenants"}
+    assert {name: shares_gpu(config.model, config.inference) for name, config in gpu.items()} == {
+        "one_gpu": True, "two_gpus": False, "many_tenants": False
+    }  # fmt: skip
