@@ -1,7 +1,7 @@
 """Runs whose batches lie on disk before they are wanted, and a trainer in this process: what is timed is the trainer.
 
 All batches of a run are said to be sampled from its step_0, and all may be that old. So the trainer never waits for
-one, and it takes, learns and publishes as it would with an orchestrator beside it.
+one, and it takes, learns and publishes as it would with an orchestrator beside it, and the embedded engine: no probes.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ class MadeRuns:
     ) -> Iterator[MadeRuns]:
         """folder: the trainer's own."""
         config = TrainerConfig(
-            model=model, output_dir=str(folder), slots=slots, tokens_per_micro_batch=tokens_per_micro_batch
-        )
+            model=model, output_dir=str(folder), slots=slots, tokens_per_micro_batch=tokens_per_micro_batch,
+            publish_probes=False,
+        )  # fmt: skip
         trainer = Trainer(config, base, Disk(), InMemory(adapter_for(base)))
         claim = trainer.open()
         try:

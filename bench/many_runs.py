@@ -5,8 +5,9 @@ micro-batches: N of them. That is the harder of two ways to spend the same token
 of N): the eight runs take eight optimizer steps and publish eight versions where the one takes one.
 
 In the time: the real trainer's passes over run folders on disk; reading and checking batches, micro-batches, clipping,
-AdamW, publishing each version with its digest and its probe, chain, metrics, status, retention. Not in it: admission
-(row 10), checkpoints (row 12), and whoever makes the batches, which lie there before the clock starts.
+AdamW, publishing each version with its digest, chain, metrics, status, retention. Not in it: probes, which other
+engines than the embedded one need (a forward pass of 160 tokens a version), admission (row 10), checkpoints (row 12),
+and whoever makes the batches, which lie there before the clock starts.
 """
 
 from __future__ import annotations

@@ -39,6 +39,9 @@ class TrainerSection(ProgramSection):
     share_prompts: bool = True
     """Compute the prompt that several answers of a micro-batch begin with once, not once an answer: equal to rounding.
     Both ways a run is the same beside other runs as alone, and resumes to the bit."""
+    publish_probes: bool | None = None
+    """Publish probe.json with each version, which costs a forward pass of 160 tokens: what a server that cannot name
+    what it holds is asked. Not given: yes, unless `rl` or `serve` start the embedded engine, which can."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Most of a GPU's memory that the trainer takes. Not given: all, or what a vLLM on the same GPU leaves."""
     poll_interval_seconds: PositiveFloat = 0.02
@@ -150,6 +153,13 @@ def trainer_share(model: ModelConfig, trainer: TrainerSection, inference: Infere
     if trainer.gpu_memory_fraction is not None or not shares_gpu(model, inference):
         return trainer.gpu_memory_fraction
     return round(1 - GPU_MEMORY_SPARE - inference.vllm.gpu_memory_fraction, 6)
+
+
+def wants_probes(trainer: TrainerSection, inference: InferenceSection) -> bool:
+    """Whether versions are published with a probe: as the trainer's setting says, else where vLLM, or a server that is
+    not ours, may serve them."""
+    ours_can_say = inference.engine == "embedded" and inference.base_url is None
+    return not ours_can_say if trainer.publish_probes is None else trainer.publish_probes
 
 
 class RlConfig(Section):

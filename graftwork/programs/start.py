@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from graftwork.config.load import build, dump
 from graftwork.config.run import RunConfig
-from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, TrainerConfig, trainer_share
+from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, TrainerConfig, trainer_share, wants_probes
 from graftwork.config.section import ModelConfig
 from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
 from graftwork.programs.orch_toml import is_settled, status_of
@@ -245,7 +245,11 @@ def write_inference_toml(disk: Disk, outputs: OutputTree, config: RlConfig | Ser
 def write_trainer_toml(
     disk: Disk, outputs: OutputTree, config: RlConfig | ServeConfig, *, exit_when_done: bool
 ) -> Path:
-    section = config.trainer.model_dump(exclude_none=True) | {"exit_when_done": exit_when_done}
+    probes = wants_probes(config.trainer, config.inference)
+    section = config.trainer.model_dump(exclude_none=True) | {
+        "exit_when_done": exit_when_done,
+        "publish_probes": probes,
+    }
     if (share := trainer_share(config.model, config.trainer, config.inference)) is not None:
         section["gpu_memory_fraction"] = share
     tables = {"model": config.model.model_dump(), "lora": config.lora.model_dump()}

@@ -100,9 +100,10 @@ class Crew:
         order = Probe(slot=one.slot)
         return self._order(order, lambda: self.worker.probe(order))
 
-    def probes(self) -> Probes:
-        """For a run that begins."""
-        return Probes(self.worker.prober.prompt, self.worker.prober.bare)
+    def probes(self) -> Probes | None:
+        """For a run that begins, where versions are published with a probe."""
+        prober = self.worker.prober
+        return None if prober is None else Probes(prober.prompt, prober.bare)
 
     def save(
         self, one: Learner, checkpoints: Path, orchestrator_state: dict[str, Any] | None, facts: AdapterFacts

@@ -246,8 +246,9 @@ class Tenant:
         adapter, state = self.crew.adapter(self.learner), self.learner.state
         version = Version(self.tree.id, state.step, adapter.digest())
         files = peft_files(adapter, self.facts)
-        probe = self.probes.of(version.digest, self.crew.probe(self.learner))
-        files["probe.json"] = [json_line(probe).encode()]
+        if self.probes is not None:
+            probe = self.probes.of(version.digest, self.crew.probe(self.learner))
+            files["probe.json"] = [json_line(probe).encode()]
         if state.step == 0:
             files["report.json"] = [json_line(state.start).encode()]
         facts = {"skipped": skipped, "base_fingerprint": state.base_fingerprint, "chain": state.cursor.chain}

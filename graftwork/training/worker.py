@@ -79,16 +79,17 @@ def first_failure(texts: list[str | None]) -> str | None:
 
 @dataclass
 class Worker:
-    """`learners`: by slot. All ranks take part in making one."""
+    """`learners`: by slot. All ranks take part in making one. probes: whether versions are published with one."""
 
     base: BaseModel
     banks: Banks
     disk: Disk
+    probes: bool = True
     learners: dict[int, Learner] = field(default_factory=dict)
-    prober: Prober = field(init=False)
+    prober: Prober | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prober = Prober(self.base, self.banks.training)
+        self.prober = Prober(self.base, self.banks.training) if self.probes else None
 
     @property
     def ranks(self) -> Ranks:
@@ -185,6 +186,7 @@ class Worker:
         return self.learners[order.slot].adapter()
 
     def probe(self, order: Probe) -> Distribution:
+        assert self.prober is not None, "nobody orders what was not wanted"
         return self.prober.of_slot(order.slot)
 
     def save(
@@ -232,4 +234,4 @@ def worker_of(config: TrainerConfig, base: BaseModel, disk: Disk, door: InMemory
     banks = Banks.of(base, config.slots)
     if door is not None:
         banks.training.write(0, prepare_for(base, door, AdapterConfig(), 0))
-    return Worker(base, banks, disk)
+    return Worker(base, banks, disk, probes=config.publish_probes is not False)

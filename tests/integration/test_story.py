@@ -85,7 +85,7 @@ def assert_first_rollouts_come_from(tree: RunTree, source: Path) -> None:
     published, found = read_version(tree, 0), read_batch(tree, 1)
     assert published is not None and found is not None
     batch = found[0]
-    assert published.version.digest == digest
+    assert published.version.digest == digest and not (published.path / "probe.json").exists()
     assert json.loads((published.path / "report.json").read_text())["source_digest"] == digest
     assert [(v.name, v.digest, v.digest_source) for v in batch.versions] == [(published.version.name, digest, "engine")]
     assert {row["digest"] for row in read_lines(tree.samples_jsonl) if row["step"] == 1} == {digest}

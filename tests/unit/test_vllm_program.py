@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from graftwork.config.load import build, dump
-from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, trainer_share
+from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, trainer_share, wants_probes
 from graftwork.errors import ConfigError
 from graftwork.programs import vllm
 from graftwork.programs.start import absolute, said_by
@@ -116,6 +116,16 @@ def rl(device: str = "auto", trainer: dict[str, object] | None = None, **inferen
     tables = {"trainer": trainer or {}, "inference": {"port": 0, "engine": "vllm", **inference}}
     values = {"model": {"path": "base", "device": device}, "run": {"id": "a"}, **tables}
     return build(RlConfig, values, source="test")
+
+
+def test_versions_have_a_probe_where_a_server_may_serve_them_that_cannot_name_what_it_holds() -> None:
+    def probes(**settings: object) -> bool:
+        config = rl(**settings)  # type: ignore[arg-type]
+        return wants_probes(config.trainer, config.inference)
+
+    assert probes() and probes(engine="embedded", base_url="http://127.0.0.1:1")
+    assert not probes(engine="embedded")
+    assert probes(engine="embedded", trainer={"publish_probes": True}) and not probes(trainer={"publish_probes": False})
 
 
 def test_shares_of_a_gpu_that_cannot_fit_are_refused() -> None:
