@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -62,17 +62,20 @@ class SlotBatch:
 
     start, stop  the rows that are in segments; one behind the other
     slots        which slots: [K] int64, or a slice where they lie next to one another, which copies nothing
-    scales       [K, 1, 1] in the dtype of the activations
+    scales       a number where all have the same, else [K, 1, 1] in the dtype of the activations
     rows         [K * M] int64: which row of start:stop stands in each place; None: all segments have M rows
     places       [stop - start] int64: the place of each row; None likewise
+    taken        by siblings: their factors for these slots, A^T [K, in, n * r] and each B^T [K, r, out]; made once for
+                 all steps of the same rows. Views of the slots, which nobody rewrites while rows use them; or copies
     """
 
     start: int
     stop: int
     slots: Tensor | slice
-    scales: Tensor
+    scales: Tensor | float
     rows: Tensor | None = None
     places: Tensor | None = None
+    taken: dict[Siblings, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     @staticmethod
     def of(segments: Sequence[Segment], like: Tensor) -> SlotBatch | None:
@@ -87,7 +90,8 @@ class SlotBatch:
         numbers = [segment.slot for segment in segments]
         side_by_side = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
         slots = slice(numbers[0], numbers[-1] + 1) if side_by_side else torch.tensor(numbers, device=like.device)
-        scales = like.new_tensor([segment.scale for segment in segments])[:, None, None]
+        alike = len({segment.scale for segment in segments}) == 1
+        scales = segments[0].scale if alike else like.new_tensor([s.scale for s in segments])[:, None, None]
         start, stop = segments[0].start, segments[-1].stop
         if min(lengths) == longest:
             return SlotBatch(start, stop, slots, scales)
@@ -96,10 +100,16 @@ class SlotBatch:
         rows[places] = torch.arange(count)
         return SlotBatch(start, stop, slots, scales, rows.to(like.device), places.to(like.device))
 
+    def take(self, siblings: Siblings) -> tuple[Tensor, list[Tensor]]:
+        if siblings not in self.taken:
+            bs = [member.b[self.slots].mT for member in siblings.members]
+            self.taken[siblings] = (siblings.a[self.slots].mT, bs)
+        return self.taken[siblings]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Siblings:
-    """The stacked factors of n layers that get the same input.
+    """The stacked factors of n layers that get the same input. Equal to itself alone.
 
     members       each layer's; n may be 1
     a [S, n * r, in], grad_a likewise: the members' own, one above the other in the same memory
@@ -199,18 +209,21 @@ def slot_linears_batched(
 
 
 def _add_batched_updates(ys: Sequence[Tensor], x: Tensor, siblings: Siblings, batch: SlotBatch) -> None:
-    a = siblings.a[batch.slots]  # (K, n * r, in)
+    a, bs = batch.take(siblings)
     own_x = x[batch.start : batch.stop]
     if batch.rows is not None:
         own_x = own_x.index_select(0, batch.rows)
-    us = (torch.bmm(own_x.view(len(a), -1, x.shape[1]), a.mT) * batch.scales).chunk(len(ys), 2)  # (K, M, r) each
-    for y, u, member in zip(ys, us, siblings.members, strict=True):
-        b = member.b[batch.slots]  # (K, out, r)
+    u = torch.bmm(own_x.view(len(a), -1, x.shape[1]), a)  # (K, M, n * r)
+    scale = batch.scales if isinstance(batch.scales, float) else 1.0
+    if isinstance(batch.scales, Tensor):
+        u = u * batch.scales
+    for y, own_u, b in zip(ys, u.chunk(len(ys), 2), bs, strict=True):
         own_y = y[batch.start : batch.stop]
         if batch.places is None:
-            own_y.view(len(a), -1, y.shape[1]).baddbmm_(u, b.mT)
+            own_y.view(len(a), -1, y.shape[1]).baddbmm_(own_u, b, alpha=scale)
         else:
-            own_y.add_(torch.bmm(u, b.mT).flatten(0, 1).index_select(0, batch.places))
+            update = torch.bmm(own_u, b).flatten(0, 1).index_select(0, batch.places)
+            own_y.add_(update, alpha=scale)
 
 
 @contextmanager
