@@ -45,7 +45,7 @@ def size_of(setting: Setting, *, tiny: bool) -> Size:
     if setting.quick:
         return Size(2, 8, 8, 1)
     if tiny:
-        return Size(64, 12, 16, 7)
+        return Size(512, 12, 16, 5)  # the demo's batch
     return Size(64, 256, 256, 5) if setting.on_gpu else Size(8, 64, 64, 3)
 
 
