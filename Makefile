@@ -27,7 +27,7 @@ help:
 	@echo "make proof-sharded   one trainer of several ranks: gradients, checkpoints, faults, kills, memory; writes proof/sharded.json"
 	@echo "make proof-engines   things are unplugged in the middle of 50 runs: each goes on, or stops with the reason; writes proof/engines.json"
 	@echo "make bench           speed and memory against PEFT and TRL; appends to bench/results (ONLY=name for one)"
-	@echo "make bench-reward    seconds to a reward, against TRL: three seeds, about an hour"
+	@echo "make bench-reward    seconds to a reward, against TRL: three seeds, about five minutes"
 	@echo "make clean           remove environments and caches; outputs/ and proof/ stay"
 
 # The stamp is newer than pyproject.toml and constraints.txt, or the installation is made again.
