@@ -5,6 +5,9 @@
 #   make test    everything but the slow tests
 
 PYTHON ?= python3
+TASK ?= reverse_text
+START ?= adapter
+SEED ?= 0
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -15,7 +18,7 @@ VERIFIERS := .venv-verifiers
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
-	@echo "make demo-smollm2    the same commands on SmolLM2-135M-Instruct, about 40 minutes"
+	@echo "make demo-smollm2    RL from an SFT adapter on SmolLM2-135M-Instruct (TASK=, START=adapter|fresh|imported, SEED=)"
 	@echo "make test            all tests but the slow ones"
 	@echo "make test-vllm       the real vLLM (CPU build, 2.5 GB, in an environment of its own) as the engine"
 	@echo "make test-all        the slow ones too, and those of test-vllm and test-verifiers"
@@ -58,7 +61,7 @@ demo: $(STAMP)
 	$(RUN) examples/reverse_text/demo.py $(DEMO_ARGS)
 
 demo-smollm2: $(VENV)/.smollm2
-	$(RUN) examples/reverse_text_smollm2/demo.py $(DEMO_ARGS)
+	$(RUN) examples/smollm2/demo.py --task $(TASK) --start $(START) --seed $(SEED) $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(TEST_ARGS)

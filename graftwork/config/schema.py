@@ -33,7 +33,8 @@ class TrainerSection(ProgramSection):
     init_adapter_path: str | None = None
     """The trainer's own door: every fresh run starts from this saved adapter."""
     tokens_per_micro_batch: Positive = 16384
-    """Most tokens in one forward and backward pass; a longer single sequence is refused."""
+    """Most tokens in one forward and backward pass, what sequences share counted once (but they may be four times as
+    many with it counted in each); a longer single sequence is refused."""
     logprob_chunk_tokens: Positive = 2048
     """Loss positions whose logits exist at the same time."""
     share_prompts: bool = True

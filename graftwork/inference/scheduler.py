@@ -87,7 +87,7 @@ class Scheduler:
 
     def clear(self) -> None:
         """Forget all sequences and free the cache."""
-        self.jobs, self._prefix = [], None
+        self.jobs, self._prefix, self._routed = [], None, None
         self.waiting.clear()
         self.lanes = Lanes(self.max_sequences)
         self.cache.clear()

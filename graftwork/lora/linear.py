@@ -65,8 +65,8 @@ class SlotBatch:
     scales       a number where all have the same, else [K, 1, 1] in the dtype of the activations
     rows         [K * M] int64: which row of start:stop stands in each place; None: all segments have M rows
     places       [stop - start] int64: the place of each row; None likewise
-    taken        by siblings: their factors for these slots, A^T [K, in, n * r] and each B^T [K, r, out]; made once for
-                 all steps of the same rows. Views of the slots, which nobody rewrites while rows use them; or copies
+    taken        by siblings: their factors for these slots, as `take` gives them, where they are views: they are made
+                 once for all steps of the same rows. Copies, of slots that are no neighbours, are not kept
     """
 
     start: int
@@ -101,10 +101,13 @@ class SlotBatch:
         return SlotBatch(start, stop, slots, scales, rows.to(like.device), places.to(like.device))
 
     def take(self, siblings: Siblings) -> tuple[Tensor, list[Tensor]]:
-        if siblings not in self.taken:
-            bs = [member.b[self.slots].mT for member in siblings.members]
-            self.taken[siblings] = (siblings.a[self.slots].mT, bs)
-        return self.taken[siblings]
+        """A^T [K, in, n * r], and each member's B^T [K, r, out]."""
+        if (held := self.taken.get(siblings)) is not None:
+            return held
+        found = (siblings.a[self.slots].mT, [member.b[self.slots].mT for member in siblings.members])
+        if isinstance(self.slots, slice):
+            self.taken[siblings] = found
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +217,7 @@ def _add_batched_updates(ys: Sequence[Tensor], x: Tensor, siblings: Siblings, ba
     if batch.rows is not None:
         own_x = own_x.index_select(0, batch.rows)
     u = torch.bmm(own_x.view(len(a), -1, x.shape[1]), a)  # (K, M, n * r)
-    scale = batch.scales if isinstance(batch.scales, float) else 1.0
+    scale = 1.0 if isinstance(batch.scales, Tensor) else batch.scales
     if isinstance(batch.scales, Tensor):
         u = u * batch.scales
     for y, own_u, b in zip(ys, u.chunk(len(ys), 2), bs, strict=True):

@@ -5,7 +5,8 @@ arguments says which rows are which sequence. There is no T x T mask: a NaN that
 shared softmax (0 * NaN = NaN), and a mask over packed rows is quadratic work for nothing.
 
 Sequences that begin alike, as the answers to one prompt do, may share the rows of their beginning (`Families`): a row
-depends on those before it alone, so that it is the same in all of them.
+depends on those before it alone, so that it is the same in all of them. Every layer then has these rows once; only
+attention lays each sequence out whole, as if nothing were shared, for its kernels know no other way without a mask.
 """
 
 from __future__ import annotations
@@ -85,13 +86,15 @@ class Families:
 
     def attend(self, parts: Iterator[Qkv], scale: float) -> Iterator[Tensor]:
         """As of a Group."""
-        q, begun_k, begun_v = self.beginnings.sequences(next(parts))
-        yield _causal(q, begun_k, begun_v, scale)
+        begun_q, begun_k, begun_v = self.beginnings.sequences(next(parts))
+        yield _causal(begun_q, begun_k, begun_v, scale)
+        unused = begun_q.detach()  # whose outputs are left out
         for each in self.own:
-            q, own_k, own_v = each.group.sequences(next(parts))
-            keys = torch.cat([_Spread.apply(begun_k, each.family), own_k], 2)
-            values = torch.cat([_Spread.apply(begun_v, each.family), own_v], 2)
-            yield _causal_behind(q, keys, values, scale)
+            own_q, own_k, own_v = each.group.sequences(next(parts))
+            q = torch.cat([unused[each.family], own_q], 2)
+            k = torch.cat([_Spread.apply(begun_k, each.family), own_k], 2)
+            v = torch.cat([_Spread.apply(begun_v, each.family), own_v], 2)
+            yield _causal(q, k, v, scale, behind=self.beginnings.length)
 
     def moved(self, rows: int) -> Families:
         return Families(self.beginnings.moved(rows), [Own(each.group.moved(rows), each.family) for each in self.own])
@@ -126,22 +129,11 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return out.to(q.dtype)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q (count, Hq, length, D), k and v (count, Hkv, length, D); returns [count * length, Hq, D]."""
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, *, behind: int = 0) -> Tensor:
+    """q (count, Hq, length, D), k and v (count, Hkv, length, D); returns [count * (length - behind), Hq, D]: without
+    the first `behind` positions of each sequence."""
     out = _kernel(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _causal_behind(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """As `_causal`, for q (count, Hq, length, D) that are the last of the positions of k and v (count, Hkv, L, D).
-
-    Query heads that share a key head become rows of it: with a mask, not every kernel knows of groups of heads.
-    """
-    length, heads, keys = q.shape[2], q.shape[1], k.shape[1]
-    seen = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - length)
-    rows = q.unflatten(1, (keys, heads // keys)).flatten(2, 3)  # (count, Hkv, heads a key head * length, D)
-    out = _kernel(rows, k, v, attn_mask=seen.repeat(heads // keys, 1), scale=scale)
-    return out.unflatten(2, (heads // keys, length)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
+    return out[:, :, behind:].transpose(1, 2).flatten(0, 1)
 
 
 class _Spread(torch.autograd.Function):

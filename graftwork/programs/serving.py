@@ -119,7 +119,11 @@ class Serving:
         """Raises WrongAdapter, and InferenceError for log-probs of another distribution than the sampled one."""
         probe, name = Probe.read(published.path), published.version.name
         if probe is None:
-            log.warning("run %s: %s was published without a probe, by an older trainer; undecided", self.run, name)
+            log.warning(
+                "run %s: %s was published without a probe, so that nobody can tell whether the server holds it: "
+                "undecided. trainer.publish_probes = true makes the trainer publish them",
+                self.run, name,
+            )  # fmt: skip
             self.findings[name] = Finding("undecided", None, None, None, self.probe_tolerance)
             return
         served = await self.client.next_tokens(name, probe.prompt, PROBED_TOKENS)

@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 
 SHARED_TOKENS_MIN = 4
 """Below, sequences are computed whole: more calls of attention would cost more than the rows."""
+WHOLE_MAX = 4
+"""Attention lays sequences out whole: so many times a micro-batch's budget of rows is the most for their tokens."""
+PARTS_A_RANK = 2
+"""With several ranks, no family is larger than a rank's even share, so many times divided."""
 
 
 class Sequenced(Protocol):
@@ -40,24 +44,32 @@ class Family:
         return self.shared + sum(self.lengths) - self.shared * len(self.members)
 
     @property
+    def cost(self) -> int:
+        """What it takes of a micro-batch's budget: its rows, or a share of its sequences' tokens where that is more."""
+        return max(self.rows, -(-sum(self.lengths) // WHOLE_MAX))
+
+    @property
     def place(self) -> tuple[int, int, int]:
         """What families are sorted by: so that those whose attention is one call lie side by side."""
         return self.shared, self.lengths[-1], self.members[0]
 
 
-def families(examples: Sequence[Sequenced], budget: int, *, share: bool, at_least: int = 1) -> list[Family]:
-    """All sequences, each in one family of at most `budget` rows, sorted by `place`. No sequence may be longer.
+def families(examples: Sequence[Sequenced], budget: int, *, share: bool, ranks: int = 1) -> list[Family]:
+    """All sequences, each in one family that fits into a micro-batch of `budget`, sorted by `place`. No sequence may be
+    longer.
 
-    share     False: each sequence is alone
-    at_least  so many families, if there are as many sequences: for as many ranks to have work
+    share  False: each sequence is alone
+    ranks  that the families are dealt to: large ones are cut, so that each rank can have as much as the others
     """
     found: dict[Hashable, list[int]] = {}
     for index, example in enumerate(examples):
         shared = _may_share(example) if share else 0
         key = example.token_ids[:shared].tobytes() if shared >= SHARED_TOKENS_MIN else index
         found.setdefault(key, []).append(index)
-    most = -(-len(examples) // at_least) if len(found) < at_least else len(examples)
-    made = [family for members in found.values() for family in _cut(members, examples, budget, most)]
+    made = [family for members in found.values() for family in _cut(members, examples, budget)]
+    if ranks > 1:
+        even = sum(family.rows for family in made) // (PARTS_A_RANK * ranks)
+        made = [part for family in made for part in _cut(family.members, examples, min(budget, even))]
     return sorted(made, key=lambda family: family.place)
 
 
@@ -66,20 +78,16 @@ def _may_share(example: Sequenced) -> int:
     return max(int(np.argmax(example.loss_mask)) - 1, 0)
 
 
-def _cut(members: Sequence[int], examples: Sequence[Sequenced], budget: int, most: int) -> Iterator[Family]:
-    """Families of at most `budget` rows and `most` sequences."""
+def _cut(members: Sequence[int], examples: Sequence[Sequenced], budget: int) -> Iterator[Family]:
+    """Families that cost at most `budget`, but for a sequence that alone is longer."""
     lengths = {index: len(examples[index].token_ids) for index in members}
     shared = _may_share(examples[members[0]])
     part: list[int] = []
-    used = shared
     for index in sorted(members, key=lambda index: (lengths[index], index)):
-        assert lengths[index] <= budget, f"a sequence of {lengths[index]} tokens does not fit into {budget}"
-        own = lengths[index] - shared
-        if part and (used + own > budget or len(part) == most):
+        if part and _family([*part, index], lengths, shared).cost > budget:
             yield _family(part, lengths, shared)
-            part, used = [], shared
+            part = []
         part.append(index)
-        used += own
     yield _family(part, lengths, shared)
 
 
@@ -88,20 +96,26 @@ def _family(members: Sequence[int], lengths: dict[int, int], shared: int) -> Fam
 
 
 def split(found: Sequence[Family], budget: int) -> list[list[Family]]:
-    """Families a micro-batch: in their order, filled up to `budget` rows each; none is empty."""
+    """Families a micro-batch: in their order, filled up to a cost of `budget` each; none is empty."""
     parts: list[list[Family]] = []
     used = budget + 1
     for family in found:
-        if used + family.rows > budget:
+        assert family.cost <= budget, f"a sequence of {family.rows} tokens does not fit into {budget}"
+        if used + family.cost > budget:
             parts.append([])
             used = 0
         parts[-1].append(family)
-        used += family.rows
+        used += family.cost
     return parts
 
 
 def shares(found: Sequence[Family], ranks: int) -> list[list[Family]]:
-    """Families a rank: sorted by rows and dealt out, so that every rank has large and small ones, and as many as the
-    others or one less. Each rank's are sorted by `place`."""
-    order = sorted(found, key=lambda family: (family.rows, family.members))
-    return [sorted(order[rank::ranks], key=lambda family: family.place) for rank in range(ranks)]
+    """Families a rank: the largest first, each to the rank that has the fewest rows. Each rank's are sorted by
+    `place`."""
+    dealt: list[list[Family]] = [[] for _ in range(ranks)]
+    rows = [0] * ranks
+    for family in sorted(found, key=lambda family: (-family.rows, family.members)):
+        rank = rows.index(min(rows))
+        dealt[rank].append(family)
+        rows[rank] += family.rows
+    return [sorted(own, key=lambda family: family.place) for own in dealt]

@@ -165,7 +165,7 @@ def pack(
 ) -> list[Round]:  # fmt: skip
     """All examples, dealt out over the ranks, as rounds of micro-batches of at most `budget` rows a rank. share:
     sequences that begin alike share the rows of their beginning."""
-    dealt = shares(families(examples, budget, share=share, at_least=ranks), ranks)
+    dealt = shares(families(examples, budget, share=share, ranks=ranks), ranks)
     rounds = []
     for at_once in zip_longest(*(split(found, budget) for found in dealt), fillvalue=()):
         own = at_once[rank]

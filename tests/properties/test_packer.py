@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftwork.model.attention import Families, Group
-from graftwork.training.families import families, shares, split
+from graftwork.training.families import WHOLE_MAX, families, shares, split
 from graftwork.training.packer import Example, MicroBatch, pack
 
 lengths = st.lists(st.integers(2, 30), min_size=1, max_size=40)
@@ -34,11 +34,10 @@ def test_every_sequence_is_in_one_family_that_fits_and_begins_alike(
     sizes: list[int], budget: int, seed: int, ranks: int, share: bool
 ) -> None:
     examples = made(sizes, seed)
-    found = families(examples, budget, share=share, at_least=ranks)
+    found = families(examples, budget, share=share, ranks=ranks)
     assert sorted(index for family in found for index in family.members) == list(range(len(sizes)))
-    assert len(found) >= min(ranks, len(sizes))
     for family in found:
-        assert family.rows <= budget and family.lengths == tuple(sizes[index] for index in family.members)
+        assert family.cost <= budget and family.lengths == tuple(sizes[index] for index in family.members)
         beginnings = {examples[index].token_ids[: family.shared].tobytes() for index in family.members}
         assert len(beginnings) == 1 and (share or len(family.members) == 1)
         assert not any(examples[index].loss_mask[: family.shared + 1].any() for index in family.members)
@@ -46,14 +45,16 @@ def test_every_sequence_is_in_one_family_that_fits_and_begins_alike(
 
 @given(lengths, budgets, seeds, st.integers(1, 6))
 def test_families_are_dealt_out_and_split_whole(sizes: list[int], budget: int, seed: int, ranks: int) -> None:
-    found = families(made(sizes, seed), budget, share=True, at_least=ranks)
+    found = families(made(sizes, seed), budget, share=True, ranks=ranks)
     dealt = shares(found, ranks)
     assert sorted(family.place for share in dealt for family in share) == [family.place for family in found]
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    loads = [sum(family.rows for family in share) for share in dealt]
+    assert max(loads) - min(loads) <= max(family.rows for family in found)
+    assert all(loads) or len(sizes) < ranks
     for share in dealt:
         parts = split(share, budget)
         assert [family for part in parts for family in part] == sorted(share, key=lambda family: family.place)
-        assert all(part and sum(family.rows for family in part) <= budget for part in parts)
+        assert all(part and sum(family.cost for family in part) <= budget for part in parts)
 
 
 def sequences(micro: MicroBatch) -> Iterator[list[int]]:
@@ -83,7 +84,11 @@ def test_rows_hold_each_sequence_whole_and_loss_rows_predict_their_targets(
     ]
     seen, predicted = [], []
     for micro in micros:
-        assert len(micro.tokens) <= budget and (share or micro.sequence_tokens == len(micro.tokens))
+        assert (
+            len(micro.tokens) <= budget
+            and micro.sequence_tokens <= WHOLE_MAX * budget
+            and (share or micro.sequence_tokens == len(micro.tokens))
+        )
         rows = list(sequences(micro))
         assert {row for sequence in rows for row in sequence} == set(range(len(micro.tokens)))
         assert sum(map(len, rows)) == micro.sequence_tokens

@@ -67,7 +67,7 @@ def test_every_row_has_its_file_and_the_gpu_script_knows_it() -> None:
     named = set(re.findall(r"\[(\d+)\]=(\w+)", GPU_SCRIPT.read_text()))
     assert {name for _, name in named} == set(NAMES + GPU_ONLY)
     for row, name in named:
-        assert re.search(rf"main\({row}, ", Path(f"bench/{name}.py").read_text()), name
+        assert re.search(rf"(main\(|^ROW(, NAME)? = ){row}\b", Path(f"bench/{name}.py").read_text(), re.M), name
 
 
 def test_results_are_lines_of_the_documented_form() -> None:

