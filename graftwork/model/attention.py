@@ -6,7 +6,8 @@ shared softmax (0 * NaN = NaN), and a mask over packed rows is quadratic work fo
 
 Sequences that begin alike, as the answers to one prompt do, may share the rows of their beginning (`Families`): a row
 depends on those before it alone, so that it is the same in all of them. Every layer then has these rows once; only
-attention lays each sequence out whole, as if nothing were shared, for its kernels know no other way without a mask.
+attention lays keys and values of each sequence out whole. Its queries too, as if nothing were shared, where sequences
+are long: kernels know no other way without a mask, and one of a short sequence alone is small.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from transformers import AttentionInterface
 from graftwork.errors import ModelError
 
 NAME = "graftwork"
+MASKED_POSITIONS_MAX = 512
+"""Of a sequence: a mask between what it has of its own and all of it is then 1 MB a head of a group at most."""
 
 Qkv = tuple[Tensor, Tensor, Tensor]
 """q [Hq, n, D], k and v [Hkv, n, D] of some rows; or of sequences, with their count in front."""
@@ -91,10 +94,13 @@ class Families:
         unused = begun_q.detach()  # whose outputs are left out
         for each in self.own:
             own_q, own_k, own_v = each.group.sequences(next(parts))
-            q = torch.cat([unused[each.family], own_q], 2)
             k = torch.cat([_Spread.apply(begun_k, each.family), own_k], 2)
             v = torch.cat([_Spread.apply(begun_v, each.family), own_v], 2)
-            yield _causal(q, k, v, scale, behind=self.beginnings.length)
+            if k.shape[2] <= MASKED_POSITIONS_MAX:
+                yield _causal_behind(own_q, k, v, scale)
+            else:
+                q = torch.cat([unused[each.family], own_q], 2)
+                yield _causal(q, k, v, scale, behind=self.beginnings.length)
 
     def moved(self, rows: int) -> Families:
         return Families(self.beginnings.moved(rows), [Own(each.group.moved(rows), each.family) for each in self.own])
@@ -134,6 +140,18 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, *, behind: int = 0) -
     the first `behind` positions of each sequence."""
     out = _kernel(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[:, :, behind:].transpose(1, 2).flatten(0, 1)
+
+
+def _causal_behind(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """As `_causal`, for q (count, Hq, length, D) that are the last of the positions of k and v (count, Hkv, L, D).
+
+    Query heads that share a key head become rows of it: with a mask, not every kernel knows of groups of heads.
+    """
+    length, heads, keys = q.shape[2], q.shape[1], k.shape[1]
+    seen = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - length)
+    rows = q.unflatten(1, (keys, heads // keys)).flatten(2, 3)  # (count, Hkv, heads a key head * length, D)
+    out = _kernel(rows, k, v, attn_mask=seen.repeat(heads // keys, 1), scale=scale)
+    return out.unflatten(2, (heads // keys, length)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
 
 
 class _Spread(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Packed attention: each sequence as if it were alone."""
 
+import pytest
 import torch
 
 from graftwork.model.attention import Families, Group, Own, PackedPlan
@@ -41,6 +42,13 @@ WHOLE = ([0], [1, 2, 3, 7], [1, 2, 3, 8, 9], [4, 5, 6, 10, 11])
 """The rows of each sequence; the first shares nothing."""
 
 
+@pytest.fixture(params=[512, 0], ids=["masked", "whole"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences are computed with a mask, long ones whole."""
+    monkeypatch.setattr("graftwork.model.attention.MASKED_POSITIONS_MAX", request.param)
+
+
+@pytest.mark.usefixtures("ways")
 def test_sequences_that_share_a_beginning_are_what_they_are_alone() -> None:
     q, k, v = _qkv(12)
     out = PackedPlan([Group(0, 1, 1), FAMILIES]).attend(0, q, k, v, 0.3)
@@ -48,6 +56,7 @@ def test_sequences_that_share_a_beginning_are_what_they_are_alone() -> None:
         torch.testing.assert_close(out[rows], _alone(q[:, rows], k[:, rows], v[:, rows]))
 
 
+@pytest.mark.usefixtures("ways")
 def test_gradients_of_what_is_shared_add_up() -> None:
     shared, apart = ([t.requires_grad_() for t in _qkv(12)] for _ in range(2))
     upstream = torch.randn(12, 4, 8)
@@ -62,6 +71,7 @@ def test_gradients_of_what_is_shared_add_up() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.usefixtures("ways")
 def test_a_nan_behind_a_beginning_leaves_those_who_share_it_bit_equal() -> None:
     q, k, v = _qkv(12)
     plan = PackedPlan([Group(0, 1, 1), FAMILIES])
