@@ -104,8 +104,7 @@ $(VENV)/.bench: $(STAMP)
 	@touch $@
 
 bench: $(VENV)/.bench
-	$(RUN) -m bench $(ONLY) $(BENCH_ARGS)
-	$(RUN) -m bench.table
+	$(RUN) -m bench $(ONLY) $(BENCH_ARGS); code=$$?; $(RUN) -m bench.table; exit $$code
 
 bench-reward: $(VENV)/.bench
 	$(RUN) -m bench reward_vs_trl $(BENCH_ARGS)
