@@ -97,7 +97,7 @@ def main() -> int:
     train_adapter(curve)
     start = held_out_reward(curve, "start", None if curve.start == "fresh" else curve.sft / "adapter")
     train_run(curve)
-    end = held_out_reward(curve, "end", curve.end)
+    end = held_out_reward(curve, f"step_{curve.steps}", curve.end)
     return tell(curve, start, end, time.monotonic() - began)
 
 
