@@ -19,16 +19,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from bench.bases import TINY, adapter_for, answers, load
+from bench.bases import TINY, adapter_for, answers, load, save_adapter
 from bench.harness import Measured, Ratio, Setting, at_most, main
 from bench.made_runs import batch_of, model_of, rows_of, run_config, scratch
 from graftwork.adapters.convert import Target, convert_adapter
-from graftwork.adapters.formats.peft_write import write_peft
-from graftwork.adapters.source import AdapterFacts
 from graftwork.config.load import dump
 from graftwork.config.run import RetentionConfig
 from graftwork.config.schema import TrainerConfig
-from graftwork.model.base import BaseModel
 from graftwork.programs.processes import COMMAND
 from graftwork.store.disk import Disk
 from graftwork.store.files import MANIFEST, is_stable
@@ -77,7 +74,7 @@ def measure(setting: Setting) -> Iterator[Measured]:
     sequences, admissions = (64, 2) if setting.quick else (512, 11)
     rng = random.Random(0)
     with scratch() as folder:
-        outputs, adapter = OutputTree(folder / "outputs"), save_adapter(folder / "adapter", base)
+        outputs, adapter = OutputTree(folder / "outputs"), save_adapter(adapter_for(base), folder / "adapter")
         model = model_of(TINY.absolute(), base)
         config = TrainerConfig(
             model=model, output_dir=str(outputs.root), slots=admissions + 1,
@@ -118,13 +115,6 @@ def measure(setting: Setting) -> Iterator[Measured]:
         **ratio.figures(),
     }  # fmt: skip
     yield Measured(ROW, NAME, ratio.median, at_most(1.0), figures)
-
-
-def save_adapter(folder: Path, base: BaseModel) -> Path:
-    with Disk().publish_dir(folder, "adapter", {}) as staging:
-        for name, data in write_peft(adapter_for(base), AdapterFacts()).items():
-            staging.write(name, data)
-    return folder
 
 
 @contextmanager

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from graftwork.adapters.canonical import Adapter, LoraPair
+from graftwork.adapters.formats.peft_write import write_peft
 from graftwork.adapters.prepare import prepare
 from graftwork.adapters.snapshot import Snapshot, snapshot_of
-from graftwork.adapters.source import InMemory
+from graftwork.adapters.source import AdapterFacts, InMemory
 from graftwork.config.section import ALL_LINEAR, LoraConfig, ModelConfig
 from graftwork.model.base import BaseModel, Placement, load_base
 from graftwork.training.packer import Example
@@ -76,6 +77,14 @@ def adapter_for(base: BaseModel, seed: int = 0, rank: int | None = None) -> Adap
         for path, (*experts, out_features, in_features) in base.spec.shapes.items()
     }
     return Adapter(pairs)
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> Path:
+    """As a new folder that PEFT loads too."""
+    folder.mkdir(parents=True)
+    for name, data in write_peft(adapter, AdapterFacts()).items():
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def start_of(base: BaseModel, adapter: Adapter) -> Snapshot:

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.bases import adapter_for
-from graftwork.adapters.canonical import Adapter
-from graftwork.adapters.formats.peft_write import write_peft
-from graftwork.adapters.source import AdapterFacts
+from bench.bases import adapter_for, save_adapter
 from graftwork.inference.engine import Engine
 from graftwork.inference.requests import GenerationRequest, GenerationResult
 from graftwork.model.base import BaseModel
@@ -19,17 +16,9 @@ ADAPTERS = ("first", "second", "third", "fourth")
 BASE_NAME = "base"
 
 
-def save(adapter: Adapter, folder: Path) -> Path:
-    """A folder that PEFT loads too."""
-    folder.mkdir(parents=True)
-    for name, data in write_peft(adapter, AdapterFacts()).items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
 def save_all(base: BaseModel, root: Path) -> dict[str, Path]:
     """Four adapters of rank 16 on all linear layers: name -> folder."""
-    return {name: save(adapter_for(base, seed), root / name) for seed, name in enumerate(ADAPTERS)}
+    return {name: save_adapter(adapter_for(base, seed), root / name) for seed, name in enumerate(ADAPTERS)}
 
 
 def engine_on(base: BaseModel, folders: dict[str, Path]) -> Engine:

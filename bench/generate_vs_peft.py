@@ -17,7 +17,7 @@ import torch
 
 from bench.bases import base_folder, load
 from bench.engines import ADAPTERS, answered, engine_on, made_prompts, save_all, tokens_in
-from bench.harness import Measured, PeerMissing, Ratio, Setting, at_least, interleaved, main, medians
+from bench.harness import Measured, Ratio, Setting, at_least, interleaved, main, medians, need
 from graftwork.inference.requests import GenerationRequest
 
 ROW, NAME = 9, "generate_vs_peft"
@@ -98,10 +98,8 @@ def _sides(
 
 def _peer(path: Path, folders: dict[str, Path], dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """PEFT's model with the same adapters, all in the base's dtype."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise PeerMissing("peft is not installed") from None
+    need("peft")
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     bare = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import statistics
 import time
@@ -32,6 +33,12 @@ Side = Callable[[], object]
 
 class PeerMissing(Exception):
     """What a row compares with is not installed: the row is told as not ok, and says what is missing."""
+
+
+def need(*packages: str) -> None:
+    """Raises PeerMissing, naming those that are not installed."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise PeerMissing(f"{', '.join(missing)}: not installed (pip install -e '.[bench]')")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 from bench import harness
 from bench.graftwork_rl import FOLDER, Told, Work, sft_adapter, train
-from bench.harness import Measured, Ratio, Setting, at_most
-from bench.rl_vs_trl import PASS_SEQUENCES, TrlTold, refuse_without_trl, trl_of, trl_run
+from bench.harness import Measured, Ratio, Setting, at_most, need
+from bench.rl_vs_trl import PASS_SEQUENCES, PEER, TrlTold, trl_of, trl_run
 
 REWARD = 0.65
 BATCHES = 2
@@ -42,7 +42,7 @@ def trl_seconds(told: TrlTold, wanted: float) -> float:
 
 
 def measure(setting: Setting) -> Iterator[Measured]:
-    refuse_without_trl()
+    need(*PEER)
     seeds, rates = (SEEDS[:1], TRL_LEARNING_RATES[:1]) if setting.quick else (SEEDS, TRL_LEARNING_RATES)
     wanted = 0.4 if setting.quick else REWARD
     sft_adapter(setting.device)

@@ -10,7 +10,6 @@ four times.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -26,12 +25,13 @@ import torch
 from bench import harness
 from bench.bases import TINY
 from bench.graftwork_rl import FOLDER, OPTIONS, Told, Work, sft_adapter, train
-from bench.harness import Measured, PeerMissing, Setting, at_least
+from bench.harness import Measured, Ratio, Setting, at_least, need
 from bench.trl_grpo import TrlRun
 
 RUNS = 4
 LAST = 3
 """Batches at the end whose mean reward is told."""
+PEER = ("trl", "peft", "datasets")
 PASS_SEQUENCES = 512
 """Of TRL's forward and backward passes."""
 
@@ -48,12 +48,6 @@ class TrlTold:
     def start_up(self) -> float:
         """Until it samples its first batch."""
         return float(self.about["training_began"]) - self.began
-
-
-def refuse_without_trl() -> None:
-    missing = [name for name in ("trl", "peft", "datasets") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise PeerMissing(f"{', '.join(missing)}: not installed (pip install -e '.[bench]')")
 
 
 def trl_run(run: TrlRun) -> TrlTold:
@@ -77,7 +71,7 @@ def trl_of(seed: int, device: torch.device, folder: Path, **settings: Any) -> Tr
 
 
 def measure(setting: Setting) -> Iterator[Measured]:
-    refuse_without_trl()
+    need(*PEER)
     steps, prompts = (2, 16) if setting.quick else (20, 64)
     sft_adapter(setting.device)
     trl: list[TrlTold] = []
@@ -111,12 +105,11 @@ def refuse_unequal(ours: Told, trl: list[TrlTold], steps: int, rollouts: int) ->
 
 def figures(ours: Told, trl: list[TrlTold], steps: int) -> dict[str, Any]:
     total = sum(told.seconds for told in trl)
-    spread = [RUNS * told.seconds / ours.ended for told in trl]
-    low, _, high = statistics.quantiles(spread, n=4, method="inclusive")
+    spread = Ratio.of([RUNS * told.seconds for told in trl], [ours.ended] * len(trl))
     steady = {"graftwork": ours.ended - ours.admitted, "trl": total - sum(told.start_up for told in trl)}
     ours_tokens = sum(row["loss_tokens"] for rows in ours.rows for row in rows)
     return {
-        "quartiles": [round(low, 4), round(high, 4)],
+        **spread.figures(),
         "rounds": 1,
         "runs": RUNS,
         "steps": steps,

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from bench.bases import TINY, base_folder
-from bench.harness import Measured, PeerMissing, Ratio, Setting, at_least, interleaved, main, medians
+from bench.bases import TINY, base_folder, save_adapter
+from bench.harness import Measured, Ratio, Setting, at_least, interleaved, main, medians, need
 from bench.steps import OneRun, Workload, one_run
-from graftwork.adapters.formats.peft_write import write_peft
-from graftwork.adapters.source import AdapterFacts
 from graftwork.config.run import OptimizerConfig
 from graftwork.training.packer import Example
 
@@ -32,10 +30,8 @@ class PeftStep:
     """One optimizer step after another of PEFT's model."""
 
     def __init__(self, path: Path, adapter: Path, run: OneRun) -> None:
-        try:
-            from peft import PeftModel
-        except ImportError:
-            raise PeerMissing("peft is not installed") from None
+        need("peft")
+        from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(path, dtype=run.base.dtype).to(run.base.device)
@@ -72,11 +68,7 @@ def measure(setting: Setting) -> Iterator[Measured]:
     for name, work, bar in zip(names, (plain, grouped), bars, strict=True):
         run = one_run(path, setting.device, work, supervised=True)
         with TemporaryDirectory() as folder:
-            adapter = Path(folder, "adapter")
-            adapter.mkdir()
-            for file, content in write_peft(run.adapter, AdapterFacts()).items():
-                (adapter / file).write_bytes(content)
-            peer = PeftStep(path, adapter, run)
+            peer = PeftStep(path, save_adapter(run.adapter, Path(folder, "adapter")), run)
         sums = run.step()
         losses = {"graftwork": sums.loss, "peft": peer()}
         assert abs(losses["graftwork"] - losses["peft"]) <= LOSSES_AGREE * losses["peft"], losses

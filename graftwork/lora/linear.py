@@ -122,10 +122,6 @@ class Siblings:
     a: Tensor
     grad_a: Tensor | None = None
 
-    @staticmethod
-    def alone(factors: Factors) -> Siblings:
-        return Siblings((factors,), factors.a, factors.grad_a)
-
 
 @dataclass(frozen=True)
 class Frozen:

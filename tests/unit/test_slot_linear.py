@@ -15,13 +15,17 @@ from graftwork.lora.linear import (
 )
 
 
+def _alone(factors: Factors) -> Siblings:
+    return Siblings((factors,), factors.a, factors.grad_a)
+
+
 def slot_linear(x, weight, bias, factors: Factors, segments, anchor) -> torch.Tensor:
-    [y] = slot_linears(x, [Frozen(weight, bias)], Siblings.alone(factors), segments, anchor)
+    [y] = slot_linears(x, [Frozen(weight, bias)], _alone(factors), segments, anchor)
     return y
 
 
 def slot_linear_batched(x, weight, bias, factors: Factors, batch: SlotBatch) -> torch.Tensor:
-    [y] = slot_linears_batched(x, [Frozen(weight, bias)], Siblings.alone(factors), batch)
+    [y] = slot_linears_batched(x, [Frozen(weight, bias)], _alone(factors), batch)
     return y
 
 
