@@ -25,6 +25,7 @@ import tomli_w
 import torch
 
 from bench.bases import TINY
+from bench.recipe import Recipe
 from graftwork.programs.orchestrators import end_orchestrator
 from graftwork.store.layout import OutputTree, RunId, RunTree
 from graftwork.store.status import TERMINAL, read_status
@@ -51,18 +52,12 @@ def _graftwork(*arguments: str) -> None:
         raise RuntimeError(f"graftwork {arguments[0]} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-@dataclass(frozen=True)
-class Work:
+@dataclass(frozen=True, kw_only=True)
+class Work(Recipe):
     """What each run does. seeds: one a run. trainer_threads, inference_threads: of matrix products on a CPU."""
 
     device: torch.device
     seeds: Sequence[int]
-    steps: int = 20
-    prompts: int = 64
-    samples: int = 8
-    max_tokens: int = 16
-    learning_rate: float = 2e-3
-    warmup_steps: int = 4
     skip_equal_groups: bool = False
     trainer_threads: int = 1
     inference_threads: int = 1

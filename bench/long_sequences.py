@@ -16,15 +16,13 @@ from pathlib import Path
 import torch
 
 from bench import harness
-from bench.bases import RANK, TINY, adapter_for, answers, base_folder, load, start_of
-from bench.harness import Measured, PeerMissing, Setting, at_least, interleaved
-from graftwork.config.run import LossConfig, OptimizerConfig
-from graftwork.training.learner import Banks, Learner, LearnerConfig
+from bench.bases import RANK, TINY, base_folder
+from bench.harness import Measured, PeerMissing, Ratio, Setting, at_least, interleaved
+from bench.steps import Workload, one_run
 
 ROW = 13
 PROMPT_SHARE = 16
 """One in this many tokens is the prompt's."""
-CHUNK_TOKENS = 2048
 BARS = {"qwen3-0.6b": ("long_sequences_0.6b", 20_000, 2), "qwen3-4b": ("long_sequences_4b", 7_500, 1)}
 """Name of the line, tokens/s to reach, sequences in a micro-batch."""
 
@@ -46,24 +44,21 @@ class Speed:
 def speed(base_path: Path, length: int, sequences: int, setting: Setting, rounds: int) -> Speed:
     """Steps of `sequences` sequences of `length` tokens, all in one micro-batch."""
     dtype = "bfloat16" if setting.on_gpu else "float32"
-    base = load(base_path, setting.device, dtype, activation_checkpointing=True)
-    config = LearnerConfig(OptimizerConfig(learning_rate=1e-5), LossConfig(), 1.0, sequences * length, CHUNK_TOKENS)
-    learner = Learner(Banks.of(base, 1), 0, config, start_of(base, adapter_for(base)))
     prompt = length // PROMPT_SHARE
-    examples = answers(base, sequences, prompt, length - prompt)
+    work = Workload(sequences, prompt, length - prompt)
+    run = one_run(base_path, setting.device, work, dtype=dtype, activation_checkpointing=True)
     norms: list[float] = []
 
     def step() -> None:
-        outcome, sums = learner.learn_from(examples, "a batch")
-        assert not outcome.skipped and sums.loss_tokens == sequences * (length - prompt)
+        outcome, sums = run.step()
+        assert sums.loss_tokens == sequences * work.answer_tokens
         norms.append(outcome.gradient_norm)
 
     if setting.on_gpu:
         torch.cuda.reset_peak_memory_stats(setting.device)
     seconds = interleaved({"step": step}, setting.device, rounds=rounds, warmup=2 if setting.on_gpu else 1)["step"]
-    assert all(norm > 0 for norm in norms), f"gradient norms {norms}"
     peak = torch.cuda.max_memory_allocated(setting.device) if setting.on_gpu else 0
-    return Speed(seconds, sequences * length, norms[-1], peak)
+    return Speed(seconds, work.tokens, norms[-1], peak)
 
 
 def measure(setting: Setting) -> Iterator[Measured]:
@@ -80,11 +75,9 @@ def measure(setting: Setting) -> Iterator[Measured]:
 
 def line(name: str, done: Speed, bar: int, length: int, sequences: int) -> Measured:
     """The ratio is the rate over the bar, so that it has to reach 1."""
-    rates = [done.tokens / seconds / bar for seconds in done.seconds]
-    low, _, high = statistics.quantiles(rates, n=4, method="inclusive")
+    ratio = Ratio.of([done.tokens / seconds for seconds in done.seconds], [bar] * len(done.seconds))
     figures = {
-        "quartiles": [round(low, 4), round(high, 4)],
-        "rounds": len(rates),
+        **ratio.figures(),
         "tokens_per_second": round(done.tokens_per_second, 1),
         "tokens_per_second_bar": bar,
         "sequence_tokens": length,
@@ -93,7 +86,7 @@ def line(name: str, done: Speed, bar: int, length: int, sequences: int) -> Measu
         "gradient_norm": round(done.gradient_norm, 6),
         "peak_memory_gib": round(done.peak_bytes / 2**30, 2),
     }
-    return Measured(ROW, name, done.tokens_per_second / bar, at_least(1), figures)
+    return Measured(ROW, name, ratio.median, at_least(1), figures)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,12 @@ def measure(setting: Setting) -> Iterator[Measured]:
 
     def ours(seed: int) -> Told:
         work = Work(
-            setting.device, (seed,), steps=STEPS_MAX, skip_equal_groups=True, trainer_threads=2, inference_threads=2
+            device=setting.device,
+            seeds=(seed,),
+            steps=STEPS_MAX,
+            skip_equal_groups=True,
+            trainer_threads=2,
+            inference_threads=2,
         )
         return train(work, FOLDER / "reward", lambda rows: is_there([row["reward"] for row in rows], wanted))
 

@@ -84,7 +84,7 @@ def measure(setting: Setting) -> Iterator[Measured]:
             )
 
     peer(range(RUNS // 2))
-    ours = train(Work(setting.device, range(RUNS), steps=steps, prompts=prompts), FOLDER / "ours")
+    ours = train(Work(device=setting.device, seeds=range(RUNS), steps=steps, prompts=prompts), FOLDER / "ours")
     peer(range(RUNS // 2, RUNS))
     refuse_unequal(ours, trl, steps, rollouts=prompts * 8)
     yield Measured(5, "rl_vs_trl", sum(t.seconds for t in trl) / ours.ended, at_least(2.5), figures(ours, trl, steps))

@@ -13,6 +13,7 @@ from graftwork.adapters.canonical import Adapter
 from graftwork.config.run import LossConfig, OptimizerConfig
 from graftwork.model.base import BaseModel
 from graftwork.training.learner import Banks, Learner, LearnerConfig, Sums, gradient_norm, learn
+from graftwork.training.optim import StepOutcome
 from graftwork.training.packer import Example
 
 BATCH = "0" * 64
@@ -54,11 +55,11 @@ class OneRun:
         assert norm > 0, "nothing was learnt"
         return norm
 
-    def step(self) -> Sums:
+    def step(self) -> tuple[StepOutcome, Sums]:
         """A whole optimizer step."""
         outcome, sums = self.learner.learn_from(self.examples, BATCH)
         assert outcome.gradient_norm > 0 and not outcome.skipped
-        return sums
+        return outcome, sums
 
 
 def one_run(

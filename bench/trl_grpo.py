@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.recipe import Recipe
 
-@dataclass(frozen=True)
-class TrlRun:
+
+@dataclass(frozen=True, kw_only=True)
+class TrlRun(Recipe):
     """report: the file that is written at the end. pass_sequences: of a forward and backward pass; they divide
     prompts x samples. stop_at_reward: end when the mean reward of two batches is at least this."""
 
@@ -27,12 +29,6 @@ class TrlRun:
     out: str
     report: str
     seed: int = 0
-    steps: int = 20
-    prompts: int = 64
-    samples: int = 8
-    max_tokens: int = 16
-    learning_rate: float = 2e-3
-    warmup_steps: int = 4
     pass_sequences: int = 64
     options: dict[str, Any] | None = None
     device: str = "cpu"
