@@ -5,7 +5,8 @@
     6 an adapter parameter and token           as above, and the gradients of the factors
     attention                                  4 products of L x L / 2 x D a head forwards and backwards twice that
 
-Attention is counted by this formula on both sides: torch's counter takes the CPU's kernel for nothing. A multiplication
+Tokens are those that something is computed from: the last one of a sequence is only predicted. Attention is counted by
+this formula on both sides: torch's counter takes the CPU's kernel for nothing. A multiplication
 and an addition are two operations.
 """
 
@@ -20,12 +21,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from graftwork.model.base import BaseModel
+from graftwork.training.families import rows_needed
 from graftwork.training.packer import Example
 
 
 @dataclass(frozen=True)
 class Floor:
-    """FLOPs of a step over `tokens` tokens of which `loss_tokens` carry loss, nothing shared."""
+    """FLOPs of a step over `tokens` tokens, nothing shared, of `loss_tokens` predictions."""
 
     tokens: int
     loss_tokens: int
@@ -45,7 +47,8 @@ class Floor:
 
 def floor_of(base: BaseModel, examples: Sequence[Example]) -> Floor:
     """For a base all of whose linear layers but the head carry slots, and are dense."""
-    tokens = sum(len(example.token_ids) for example in examples)
+    lengths = [rows_needed(example) for example in examples]
+    tokens = sum(lengths)
     loss_tokens = sum(example.loss_tokens for example in examples)
     shapes = base.spec.shapes.values()
     frozen = sum(math.prod(shape) for shape in shapes)
@@ -54,7 +57,7 @@ def floor_of(base: BaseModel, examples: Sequence[Example]) -> Floor:
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    squares = sum(len(example.token_ids) ** 2 for example in examples)
+    squares = sum(length**2 for length in lengths)
     return Floor(
         tokens, loss_tokens,
         linears=4.0 * frozen * tokens,

@@ -36,8 +36,9 @@ from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftC
 from graftwork.errors import ConfigError, GraftworkError, RankLost
 from graftwork.programs.processes import end_with_parent
 
-THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-"""Idle OpenMP threads sleep instead of spinning: three programs share the cores, and spinning can cost 10x."""
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
+"""Idle OpenMP threads sleep instead of spinning: three programs share the cores, and spinning can cost 10x. GNU's spin
+for some 0.1 ms first, as between two operations of a pass: to be woken for each can cost half of a pass's speed."""
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """A command with these takes every setting of its file as a flag as well."""

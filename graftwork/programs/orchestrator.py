@@ -47,7 +47,7 @@ log = logging.getLogger("graftwork.orchestrator")
 
 POLL_SECONDS = 0.02
 POLL_GROWTH = 1.25
-STEP_POLL_SECONDS_MAX = 0.2
+STEP_POLL_SECONDS_MAX = 0.05
 ADMISSION_POLL_SECONDS_MAX = 0.5
 """Pauses between two looks grow from POLL_SECONDS to these: many orchestrators that wait must cost little."""
 LOOK_SECONDS = 0.5

@@ -2,6 +2,9 @@
 
 What may be shared ends before the row that predicts the first token with loss: so every row that carries loss belongs
 to one sequence. The gradients of the sequences' rows add up in what they share, which is what they do without sharing.
+
+A sequence's rows end with the one that predicts its last token with loss: nothing attends to those behind it. Of an
+answer that is the row of its last token.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Sequenced(Protocol):
 @dataclass(frozen=True)
 class Family:
     """members: indices of sequences whose first `shared` tokens are the same, shorter ones first; of one alone, shared
-    is 0. lengths: of each, all its tokens."""
+    is 0. lengths: of each, all the rows that it needs."""
 
     shared: int
     members: tuple[int, ...]
@@ -45,7 +48,7 @@ class Family:
 
     @property
     def cost(self) -> int:
-        """What it takes of a micro-batch's budget: its rows, or a share of its sequences' tokens where that is more."""
+        """What it takes of a micro-batch's budget: its rows, or a share of its sequences' rows where that is more."""
         return max(self.rows, -(-sum(self.lengths) // WHOLE_MAX))
 
     @property
@@ -78,9 +81,14 @@ def _may_share(example: Sequenced) -> int:
     return max(int(np.argmax(example.loss_mask)) - 1, 0)
 
 
+def rows_needed(example: Sequenced) -> int:
+    """As many rows as come before the last token with loss: the last of them predicts it. Without loss, one."""
+    return max(int(np.flatnonzero(example.loss_mask)[-1]), 1) if example.loss_mask.any() else 1
+
+
 def _cut(members: Sequence[int], examples: Sequence[Sequenced], budget: int) -> Iterator[Family]:
     """Families that cost at most `budget`, but for a sequence that alone is longer."""
-    lengths = {index: len(examples[index].token_ids) for index in members}
+    lengths = {index: rows_needed(examples[index]) for index in members}
     shared = _may_share(examples[members[0]])
     part: list[int] = []
     for index in sorted(members, key=lambda index: (lengths[index], index)):

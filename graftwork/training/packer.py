@@ -1,4 +1,5 @@
-"""Sequences to micro-batches: flat rows, no padding, equal lengths side by side, what sequences share once.
+"""Sequences to micro-batches: flat rows, no padding, equal lengths side by side, what sequences share once, and nothing
+behind the row that predicts a sequence's last token with loss.
 
 A micro-batch depends on its own run's sequences and on the token budget, on nothing else: so a run's arithmetic is the
 same beside other runs as alone (`isolation = "exact"`). `join` lays micro-batches of several runs behind one another
@@ -51,7 +52,7 @@ class MicroBatch:
     """T rows of several sequences; N of them predict a token that carries loss.
 
     tokens, positions            [T] int64
-    sequence_tokens              of all sequences; more than T where they share rows
+    sequence_tokens              of all sequences, whole: more than T
     loss_rows, targets           [N] int64: hidden state of row loss_rows[i] predicts targets[i]
     sampler_logprobs, advantages [N] float32
     weights                      [N] float32: share of each token's loss in the batch's loss (the normaliser)
@@ -118,7 +119,7 @@ def build(
     """Lay out the families' sequences; `weights`: one number a sequence of `examples`, for each of its loss tokens."""
     spans, plan = lay_out(found, device)
     rows = np.cumsum([0, *(span.stop - span.first for span in spans[:-1])])
-    masks = [span.first + np.flatnonzero(examples[span.index].loss_mask[span.first : span.stop]) for span in spans]
+    masks = [_predicted(examples[span.index], span) for span in spans]
     of = [examples[span.index] for span in spans]
     counts = [len(mask) for mask in masks]
 
@@ -129,7 +130,7 @@ def build(
     return MicroBatch(
         tokens=_int64(np.concatenate([e.token_ids[s.first : s.stop] for e, s in zip(of, spans, strict=True)]), device),
         positions=_int64(np.concatenate([np.arange(span.first, span.stop) for span in spans]), device),
-        sequence_tokens=sum(sum(family.lengths) for family in found),
+        sequence_tokens=sum(len(examples[index].token_ids) for family in found for index in family.members),
         plan=plan,
         loss_rows=_int64(np.concatenate([mask - 1 - span.first + row for span, row, mask in starts]), device),
         targets=_int64(chosen("token_ids"), device),
@@ -137,6 +138,11 @@ def build(
         advantages=_float32(np.repeat([e.advantage for e in of], counts), device),
         weights=_float32(np.repeat([weights[span.index] for span in spans], counts), device),
     )
+
+
+def _predicted(example: Example, span: Span) -> NDArray[np.int64]:
+    """The tokens with loss that a span's rows predict, each from the row before it."""
+    return span.first + 1 + np.flatnonzero(example.loss_mask[span.first + 1 : span.stop + 1])
 
 
 def idle_micro_batch(device: torch.device) -> MicroBatch:

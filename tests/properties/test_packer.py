@@ -16,6 +16,12 @@ budgets = st.integers(30, 90)
 seeds = st.integers(0, 2**32 - 1)
 
 
+def needed(example: Example) -> list[int]:
+    """Its tokens before the last one with loss; of a sequence without loss, the first."""
+    last = max(np.flatnonzero(example.loss_mask), default=1)
+    return [int(token) for token in example.token_ids[:last]]
+
+
 def made(sizes: list[int], seed: int) -> list[Example]:
     """Sequences of which many begin alike: three prompts, cut at any length. The prompt carries no loss."""
     rng = np.random.default_rng(seed)
@@ -37,7 +43,9 @@ def test_every_sequence_is_in_one_family_that_fits_and_begins_alike(
     found = families(examples, budget, share=share, ranks=ranks)
     assert sorted(index for family in found for index in family.members) == list(range(len(sizes)))
     for family in found:
-        assert family.cost <= budget and family.lengths == tuple(sizes[index] for index in family.members)
+        assert family.cost <= budget and family.lengths == tuple(
+            len(needed(examples[index])) for index in family.members
+        )
         beginnings = {examples[index].token_ids[: family.shared].tobytes() for index in family.members}
         assert len(beginnings) == 1 and (share or len(family.members) == 1)
         assert not any(examples[index].loss_mask[: family.shared + 1].any() for index in family.members)
@@ -71,7 +79,7 @@ def sequences(micro: MicroBatch) -> Iterator[list[int]]:
 
 
 @given(lengths, budgets, seeds, st.integers(1, 5), st.booleans())
-def test_rows_hold_each_sequence_whole_and_loss_rows_predict_their_targets(
+def test_rows_hold_what_each_sequence_needs_and_loss_rows_predict_their_targets(
     sizes: list[int], budget: int, seed: int, ranks: int, share: bool
 ) -> None:
     examples = made(sizes, seed)
@@ -86,20 +94,23 @@ def test_rows_hold_each_sequence_whole_and_loss_rows_predict_their_targets(
     for micro in micros:
         assert (
             len(micro.tokens) <= budget
-            and micro.sequence_tokens <= WHOLE_MAX * budget
-            and (share or micro.sequence_tokens == len(micro.tokens))
+            and (total := sum(map(len, sequences(micro)))) <= WHOLE_MAX * budget
+            and (share or total == len(micro.tokens))
         )
         rows = list(sequences(micro))
         assert {row for sequence in rows for row in sequence} == set(range(len(micro.tokens)))
-        assert sum(map(len, rows)) == micro.sequence_tokens
         for sequence in rows:
             assert micro.positions[sequence].tolist() == list(range(len(sequence)))
             seen.append(tuple(micro.tokens[sequence].tolist()))
-        behind = {row: sequence[place + 1] for sequence in rows for place, row in enumerate(sequence[:-1])}
-        assert micro.targets.tolist() == [int(micro.tokens[behind[row]]) for row in micro.loss_rows.tolist()]
+        sequence_of = {row: sequence for sequence in rows for row in sequence}
+        for row, target, index in zip(micro.loss_rows.tolist(), micro.targets, micro.advantages, strict=True):
+            example, place = examples[int(index)], int(micro.positions[row]) + 1
+            assert micro.tokens[sequence_of[row]][:place].tolist() == example.token_ids[:place].tolist()
+            assert target == example.token_ids[place] and example.loss_mask[place]
         assert torch.equal(micro.weights, micro.advantages + 1)
         assert torch.equal(micro.sampler_logprobs, -micro.advantages)
         predicted += list(zip(micro.advantages.tolist(), micro.targets.tolist(), strict=True))
-    assert sorted(seen) == sorted(tuple(example.token_ids.tolist()) for example in examples)
+    assert sorted(seen) == sorted(tuple(needed(example)) for example in examples)
+    assert sum(micro.sequence_tokens for micro in micros) == sum(sizes)
     wanted = [(e.advantage, token) for e in examples for token in e.token_ids[e.loss_mask].tolist()]
     assert sorted(predicted) == sorted(wanted)

@@ -275,4 +275,4 @@ def test_threads_sleep_when_idle_and_what_the_user_set_wins(tmp_path: Path) -> N
     clean = {name: value for name, value in os.environ.items() if name not in cli.THREAD_ENVIRONMENT}
     environment = {**clean, "KMP_BLOCKTIME": "5", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "PASSIVE 0 5"
+    assert done.stdout.splitlines()[-1] == "PASSIVE 10000 5"

@@ -292,7 +292,7 @@ def test_mixed_runs_share_micro_batches_and_end_where_exact_runs_end(duo: Callab
 
 def test_a_mixed_run_beside_exact_ones_is_bit_equal_to_itself_alone(duo: Callable[..., Duo]) -> None:
     """Micro-batches that do not fit into one with another's are learnt alone."""
-    mixed, exact = duo("mixed", "mixed", lengths=(11, 11)), duo("exact", "exact", lengths=(11, 11))
+    mixed, exact = duo("mixed", "mixed", lengths=(12, 12)), duo("exact", "exact", lengths=(12, 12))
     assert set(mixed.base.counts) == {1}
     assert [mixed.digests(run) for run in "ab"] == [exact.digests(run) for run in "ab"]
 
