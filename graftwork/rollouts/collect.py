@@ -15,6 +15,7 @@ sampler or of the configuration is none of its doing and ends the batch: any Gra
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ class Conversation:
     """[T]; None for tokens that were not sampled."""
     completions: list[Completion] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    openings: dict[int, tuple[list[Message], list[int]]] = field(default_factory=dict)
+    """By prompt: what its samples were first asked, as messages and tokens: most are asked the same."""
     clock: asyncio.Timeout | None = None
     """Runs while the environment is at work; stopped while it waits for the model, whose waves wait for all."""
     _asking: bool = False
@@ -137,9 +140,16 @@ class Conversation:
     def _prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """What the template writes between what is held and the next answer."""
         if not self.answers:
-            return self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+            return self._opening(messages)
         ended = self.token_ids[-1] in self.tokenizer.eos_token_ids
         return self.tokenizer.continuation(self.messages[:-1], messages, ended)
+
+    def _opening(self, messages: Sequence[Message]) -> list[int]:
+        asked, tokens = self.openings.get(self.prompt_index, (None, []))
+        if asked != list(messages):
+            tokens = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+            self.openings[self.prompt_index] = copy.deepcopy(list(messages)), tokens
+        return tokens
 
     def _hold(self, messages: Sequence[Message], prompt_tokens: list[int], completion: Completion) -> Answer:
         self.token_ids += [*prompt_tokens, *completion.token_ids]
@@ -246,7 +256,12 @@ async def _play_waves(
     """(what became of every rollout, who vouches for the source, waves sent)"""
     live = request.prompts * request.samples
     waves = Waves(sampler, source.model, request.sampling, request.samples, request.key, live)
-    talks = [Conversation(tokenizer, waves, p, s) for p in range(request.prompts) for s in range(request.samples)]
+    prompts, samples, openings = (
+        range(request.prompts),
+        range(request.samples),
+        dict[int, tuple[list[Message], list[int]]](),
+    )
+    talks = [Conversation(tokenizer, waves, p, s, openings=openings) for p in prompts for s in samples]
     tasks = [asyncio.create_task(_play(environment, request, talk)) for talk in talks]
     try:
         await asyncio.wait(tasks)

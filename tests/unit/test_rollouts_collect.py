@@ -159,6 +159,23 @@ def test_tokens_stay_as_they_were_sampled(tokenizer):
         assert tokenizer.decode(rollout.token_ids[mask]) == answers
 
 
+def test_each_sample_reads_what_it_was_asked_itself(tokenizer):
+    """The samples of a prompt share its tokens while they are asked the same, and no longer."""
+
+    asked = {"role": "user", "content": ""}
+
+    class Moody(Talk):
+        async def run(self, task, policy):
+            number, self.played = self.played, self.played + 1
+            asked["content"] = f"in mood {number // 2}"
+            await policy.ask([asked])
+            return 1.0
+
+    collected = play(Moody(), tokenizer)
+    told = [tokenizer.decode(rollout.token_ids[~rollout.loss_mask]) for rollout in collected.rollouts]
+    assert all(f"in mood {number // 2}" in text for number, text in enumerate(told))
+
+
 def test_every_step_has_its_own_tasks_and_rows_tell_them(tokenizer):
     one, two = play(ReverseText(), tokenizer, step=1), play(ReverseText(), tokenizer, step=2)
     words = {row["prompt"] for row in one.rows + two.rows}
