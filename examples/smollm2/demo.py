@@ -41,6 +41,7 @@ STARTS: dict[str, tuple[str, ...]] = {
 """Flags of `graftwork rl`. Rank 32 and alpha 16 instead of 16 and 32: the same function, held in a slot of another
 shape."""
 COLUMNS = ("step", "reward", "mismatch_mean", "mismatch_max", "entropy", "grad_norm", "answer_tokens_mean")
+"""Of metrics.jsonl. `heldout_reward` is added to the last step, and to a step 0 that has nothing else."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,12 @@ def tell(curve: Curve, start: float, end: float, seconds: float) -> int:
     Disk().publish_json(OUTPUTS / "report.json", report)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"smollm2_{curve.task}_{curve.start}_seed{curve.seed}.csv"
+    table: list[dict[str, Any]] = [{"step": 0}, *({key: round(row[key], 5) for key in COLUMNS} for row in rows)]
+    table[0]["heldout_reward"], table[-1]["heldout_reward"] = round(start, 4), round(end, 4)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, (*COLUMNS, "heldout_reward"), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: round(row[key], 5) for key in COLUMNS} for row in rows)
+        writer.writerows(table)
     asked = 0.0 if curve.start == "fresh" else RISES[curve.task]
     print(f"\n{curve.name}: mean reward of the first 5 batches {first:.3f}, of the last 5 {last:.3f}")
     print(f"held-out prompts: {start:.3f} at first, {end:.3f} after {len(rows)} steps; {seconds:.0f} s in this sitting")

@@ -39,14 +39,13 @@ def main() -> None:
     rl = load(RlConfig, FOLDER / f"{given.task}.rl.toml")
     assert sft.data.environment is not None
     environment: Any = load_environment(sft.data.environment.name, sft.data.environment.options)
-    tokenizer = AutoTokenizer.from_pretrained(sft.model.path)
-    train(sft, environment, tokenizer, given.out, given.seed)
-    reward = held_out_reward(rl, environment, tokenizer, given.out, given.seed)
+    train(sft, environment, given.out, given.seed)
+    reward = held_out_reward(rl, environment, given.out, given.seed)
     (given.out / "heldout.json").write_text(json.dumps({"prompts": HELD_OUT_PROMPTS, "reward": reward}))
     print(f"{given.out}: mean reward of {HELD_OUT_PROMPTS} held-out prompts, sampled with transformers: {reward:.3f}")
 
 
-def train(sft: SftConfig, environment: Any, tokenizer: Any, out: Path, seed: int) -> None:
+def train(sft: SftConfig, environment: Any, out: Path, seed: int) -> None:
     """The steps of the .sft.toml, on the same words."""
     tasks = [environment.task(seed, index, "train") for index in range(sft.max_steps * sft.batch_size)]
     rows = [
@@ -66,6 +65,7 @@ def train(sft: SftConfig, environment: Any, tokenizer: Any, out: Path, seed: int
         warmup_steps=sft.optimizer.warmup_steps, logging_steps=1, save_strategy="no", report_to="none",
         use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(sft.model.path)
     trainer = SFTTrainer(
         model=base, args=config, train_dataset=Dataset.from_list(rows), peft_config=lora, processing_class=tokenizer
     )
@@ -74,16 +74,17 @@ def train(sft: SftConfig, environment: Any, tokenizer: Any, out: Path, seed: int
 
 
 @torch.inference_mode()
-def held_out_reward(rl: RlConfig, environment: Any, tokenizer: Any, adapter: Path, seed: int) -> float:
+def held_out_reward(rl: RlConfig, environment: Any, adapter: Path, seed: int) -> float:
     """As `graftwork eval` measures it: one answer at temperature 1 to each prompt."""
     torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(rl.model.path, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(rl.model.path, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
     total = 0.0
     for first in range(0, HELD_OUT_PROMPTS, BATCH):
         tasks = [environment.task(seed, index, "heldout") for index in range(first, first + BATCH)]
         prompts = tokenizer.apply_chat_template(
-            [list(task.messages) for task in tasks], add_generation_prompt=True, padding=True, padding_side="left",
+            [list(task.messages) for task in tasks], add_generation_prompt=True, padding=True,
             return_tensors="pt", return_dict=True,
         )  # fmt: skip
         answers = model.generate(
