@@ -34,6 +34,7 @@ from graftwork.config.load import load
 from graftwork.config.run import SubmitConfig
 from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, SftConfig, TrainerConfig
 from graftwork.errors import ConfigError, GraftworkError, RankLost
+from graftwork.programs.loading import loading
 from graftwork.programs.processes import end_with_parent
 
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
@@ -104,7 +105,8 @@ def sft(
     """Fine-tune an adapter on right answers."""
     given = [*(["--resume", "true"] if resume else []), *(["--max_steps", str(max_steps)] if max_steps else [])]
     config = load(SftConfig, _file(file), [*given, *ctx.args])
-    from graftwork.programs import sft as program
+    with loading():
+        from graftwork.programs import sft as program
 
     program.main(config)
 
@@ -196,7 +198,8 @@ def resume(
 def trainer(ctx: typer.Context, file: File, log_format: LogFormat = None) -> None:
     """Train every run in output_dir that has a control/orch.toml."""
     config = load(TrainerConfig, _file(file), ctx.args)
-    from graftwork.programs import trainer as program
+    with loading():
+        from graftwork.programs import trainer as program
 
     program.main(config)
 
@@ -211,7 +214,8 @@ def inference(ctx: typer.Context, file: File, log_format: LogFormat = None) -> N
         from graftwork.programs import vllm
 
         return vllm.main(config)
-    from graftwork.programs import inference as program
+    with loading():
+        from graftwork.programs import inference as program
 
     return program.main(config)
 
@@ -355,7 +359,8 @@ def evaluate(
     config = load(RlConfig, _file(file), ctx.args)
     if adapter is not None and not adapter.is_dir():
         raise ConfigError(f"--adapter: no folder at {adapter}")
-    from graftwork.programs import evaluate as program
+    with loading():
+        from graftwork.programs import evaluate as program
 
     reward = program.main(config, adapter, prompts, seed)
     if as_json:
