@@ -1,4 +1,4 @@
-"""The embedded engine: a worker thread that owns the model, and a thread-safe front.
+"""The embedded engine: a worker, on one thread, that owns the model, and a thread-safe front.
 
 Requests and adapter changes go through one inbox and are taken in order, between two steps of the scheduler. A bad
 request is answered with its error; the worker goes on. Anything unexpected ends the worker: everybody who waits gets an
@@ -65,7 +65,9 @@ _Command = _Generate | _Load | _Unload | _Close
 
 
 class Engine:
-    """Use as `with Engine(...) as engine`, or call `start` and `close`.
+    """Use as `with Engine(...) as engine`, or call `start` and `close`: the worker then has a thread of its own. Where
+    the main thread has nothing else to do, let it `work` instead: GNU's OpenMP counts it among those that compute, so
+    that beside it the threads of a product sleep after each, and small products take twice as long.
 
     name           what the bare base answers to
     max_adapters   slots; max_sequences: lanes; max_model_len: prompt and answer together, in tokens, cut to what the
@@ -91,18 +93,20 @@ class Engine:
         self._leaving: list[tuple[Source, Future[None]]] = []
         self._gate = threading.Lock()  # between posting a command and the end of the worker
         self._ended: str | None = None
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
 
     # --- the front: any thread --------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self._thread = threading.Thread(target=self.work, name="engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Fail what is under way and end the worker."""
+        """Fail what is under way and end the worker; waits for it where `start` began it."""
         with self._gate:
             self._inbox.put(_Close())
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -164,7 +168,8 @@ class Engine:
 
     # --- the worker -------------------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """Be the worker until `close` is called. Raises whatever ends it otherwise; `fault` says so too."""
         reason = "the engine was closed"
         try:
             with torch.inference_mode():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 import uvicorn
@@ -25,28 +26,44 @@ from graftwork.programs.listening import listen, url_of
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.store.disk import Disk
 
+log = logging.getLogger("graftwork.inference")
+
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection: who is about to ask must not find it shut
 SHUTDOWN_SECONDS = 3  # what requests under way are given when the server is told to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(config: InferenceConfig) -> None:
-    """Serve until SIGTERM or SIGINT. Raises ConfigError (port, tokenizer), ModelError, and EngineFault when the engine
-    broke: a server that can only say so is of no use, and whoever started it can start another."""
+    """Serve until SIGTERM or SIGINT: the engine works in this thread, the server on another. Raises ConfigError (port,
+    tokenizer), ModelError, and EngineFault when the engine broke: a server that can only say so is of no use, and
+    whoever started it can start another."""
     listener = listen(config.host, config.port)
     url = url_of(config.host, listener.getsockname()[1])
     tokenizer = ChatTokenizer.load(config.model.path)
-    with build_engine(config.model, config.lora, config, tokenizer) as engine:
-        engine.submit(GenerationRequest(engine.base_name, [[0]], max_tokens=1)).result()
+    engine = build_engine(config.model, config.lora, config, tokenizer)
 
-        def announce() -> None:
-            if config.ready_file is not None:
-                Disk().publish_json(Path(config.ready_file), {"url": url, "pid": os.getpid()})
-            say(f"inference: serving {engine.base_name} on {url}", stream=sys.stdout)
+    def announce() -> None:
+        if config.ready_file is not None:
+            Disk().publish_json(Path(config.ready_file), {"url": url, "pid": os.getpid()})
+        say(f"inference: serving {engine.base_name} on {url}", stream=sys.stdout)
 
-        Server(engine, tokenizer, announce).run([listener])
-        if engine.fault is not None:
-            raise EngineFault(engine.fault)
+    server = Server(engine, tokenizer, announce)
+
+    def serve() -> None:
+        try:
+            engine.submit(GenerationRequest(engine.base_name, [[0]], max_tokens=1)).result()
+            server.run([listener])
+        finally:
+            engine.close()
+
+    with ended_by_signals(server), ThreadPoolExecutor(1, "server") as pool:
+        serving = pool.submit(serve)
+        try:
+            engine.work()
+        except Exception:
+            log.exception("the engine broke")
+            raise EngineFault(str(engine.fault)) from None
+        serving.result()
 
 
 def build_engine(model: ModelConfig, lora: LoraConfig, section: InferenceSection, tokenizer: ChatTokenizer) -> Engine:
@@ -64,9 +81,20 @@ def build_engine(model: ModelConfig, lora: LoraConfig, section: InferenceSection
     )
 
 
+@contextmanager
+def ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """A signal ends the server, which gives requests under way some seconds; a second one gives them none."""
+    before = {number: signal.signal(number, server.handle_exit) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Server(uvicorn.Server):
-    """uvicorn, with three changes: it says when it listens, a signal ends it instead of killing it afterwards, and so
-    does a fault of the engine. On asyncio's own loop and h11, whatever else happens to be installed."""
+    """uvicorn, with two changes: it says when it listens, and a fault of the engine ends it. On asyncio's own loop and
+    h11, whatever else happens to be installed. It runs on a thread, where uvicorn leaves signals alone."""
 
     def __init__(self, engine: Engine, tokenizer: ChatTokenizer, announce: Callable[[], None]) -> None:
         super().__init__(
@@ -84,15 +112,3 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._announce()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._end) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        self.handle_exit(number, frame)

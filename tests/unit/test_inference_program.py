@@ -1,10 +1,19 @@
 """`graftwork inference` ends when its engine broke."""
 
 import asyncio
+import signal
 import socket
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from graftwork.config.schema import InferenceConfig
+from graftwork.config.section import ModelConfig
+from graftwork.inference.engine import Engine
+from graftwork.inference.requests import EngineFault
+from graftwork.model.base import BaseModel
+from graftwork.programs import inference
 from graftwork.programs.inference import Server
 from graftwork.programs.listening import listen
 
@@ -16,6 +25,20 @@ def test_the_server_ends_with_its_engine() -> None:
     assert asyncio.run(server.on_tick(1)) is False
     engine.fault = "the engine failed: out of something"
     assert asyncio.run(server.on_tick(2)) is True
+
+
+def test_the_program_ends_with_its_engine_and_says_why(monkeypatch: pytest.MonkeyPatch, tiny: BaseModel) -> None:
+    def broken() -> None:
+        raise MemoryError("no room")
+
+    engine, tokenizer = Engine(tiny, name="tiny", eos_token_ids=[1]), SimpleNamespace()
+    monkeypatch.setattr(engine._scheduler, "step", broken)
+    monkeypatch.setattr(inference, "build_engine", lambda *_: engine)
+    monkeypatch.setattr(inference.ChatTokenizer, "load", lambda _: tokenizer)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(EngineFault, match="MemoryError: no room"):
+        inference.main(InferenceConfig(model=ModelConfig(path="tiny")))
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_answers_do_not_wait_for_acknowledgements() -> None:
