@@ -4,9 +4,8 @@ The task, the SFT adapter, the batch (64 prompts x 8 answers) and what is scored
 A side is there at the end of the first step at which the mean training reward (temperature 1) of the last two batches
 is at least 0.65; 30 steps at most, and who is not there by then counts as never. TRL has the best of three learning
 rates, chosen on the first seed; Graftwork has that of examples/reverse_text, and leaves groups whose rewards are all
-equal out of its batches, as it does unless told otherwise. One run in lockstep samples and learns in turn: the trainer
-has both cores, the sampler one thread, which on so small a model is as fast as two. Each round is a seed: TRL's run,
-then Graftwork's.
+equal out of its batches, as it does unless told otherwise. One run in lockstep samples and learns in turn, so that each
+of the two has both cores. Each round is a seed: TRL's run, then Graftwork's.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ def measure(setting: Setting) -> Iterator[Measured]:
             steps=STEPS_MAX,
             skip_equal_groups=True,
             trainer_threads=2,
+            inference_threads=2,
         )
         return train(work, FOLDER / "reward", lambda rows: is_there([row["reward"] for row in rows], wanted))
 
