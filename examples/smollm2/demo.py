@@ -102,7 +102,8 @@ def main() -> int:
     curve = Curve(given.task, given.start, given.seed, given.steps)
     began = time.monotonic()
     subprocess.run([sys.executable, f"{FOLDER}/make_base.py"], cwd=REPOSITORY, check=True)
-    train_adapter(curve)
+    if curve.start != "fresh":
+        train_adapter(curve)
     start = held_out_reward(curve, "start", None if curve.start == "fresh" else curve.adapter)
     train_run(curve)
     end = held_out_reward(curve, f"step_{curve.steps}", curve.end)
