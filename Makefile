@@ -18,7 +18,7 @@ VERIFIERS := .venv-verifiers
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
-	@echo "make demo-smollm2    RL from an SFT adapter on SmolLM2-135M-Instruct (TASK=, START=adapter|fresh|imported, SEED=)"
+	@echo "make demo-smollm2    RL from an SFT adapter on SmolLM2-135M-Instruct (TASK=, START=adapter|fresh|imported|trl, SEED=)"
 	@echo "make test            all tests but the slow ones"
 	@echo "make test-vllm       the real vLLM (CPU build, 2.5 GB, in an environment of its own) as the engine"
 	@echo "make test-all        the slow ones too, and those of test-vllm and test-verifiers"
@@ -60,7 +60,7 @@ $(VLLM)/.installed: constraints-vllm.txt
 demo: $(STAMP)
 	$(RUN) examples/reverse_text/demo.py $(DEMO_ARGS)
 
-demo-smollm2: $(VENV)/.smollm2
+demo-smollm2: $(VENV)/.smollm2 $(if $(filter trl,$(START)),$(VENV)/.bench)
 	$(RUN) examples/smollm2/demo.py --task $(TASK) --start $(START) --seed $(SEED) $(DEMO_ARGS)
 
 test: $(STAMP)
