@@ -68,11 +68,12 @@ def main() -> None:
         ABOUT.format(smoothed=SMOOTHED) + "".join(f"{curve.line()}\n" for curve in curves)
     )
     figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, len(TASKS), sharey=True, gridspec_kw={"width_ratios": (3, 2)})
-    for axes, (task, title) in zip(panels, TASKS.items(), strict=True):
+    shown = [task for task in TASKS if any(curve.task == task for curve in curves)]
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, shown, strict=True):
         for start in STARTS:
             draw(axes, [curve for curve in curves if (curve.task, curve.start) == (task, start)])
-        axes.set(title=title, xlabel="step", ylim=(0, 1))
+        axes.set(title=TASKS[task], xlabel="step", ylim=(0, 1))
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("mean reward of a batch")
     panels[0].legend(loc="lower right", fontsize="small")
