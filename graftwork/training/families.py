@@ -83,7 +83,8 @@ def _may_share(example: Sequenced) -> int:
 
 def rows_needed(example: Sequenced) -> int:
     """As many rows as come before the last token with loss: the last of them predicts it. Without loss, one."""
-    return max(int(np.flatnonzero(example.loss_mask)[-1]), 1) if example.loss_mask.any() else 1
+    with_loss = np.flatnonzero(example.loss_mask)  # never the first: nothing predicts it
+    return int(with_loss[-1]) if with_loss.size else 1
 
 
 def _cut(members: Sequence[int], examples: Sequence[Sequenced], budget: int) -> Iterator[Family]:
