@@ -13,10 +13,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +29,8 @@ from graftwork.inference.shelf import Shelf, Shelved, read_adapter
 from graftwork.model.base import BaseModel
 
 log = logging.getLogger("graftwork.inference")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ _Command = _Generate | _Load | _Unload | _Close
 
 
 class Engine:
-    """Use as `with Engine(...) as engine`, or call `start` and `close`: the worker then has a thread of its own. Where
-    the main thread has nothing else to do, let it `work` instead: GNU's OpenMP counts it among those that compute, so
-    that beside it the threads of a product sleep after each, and small products take twice as long.
+    """`engine.work_for(front)` makes this thread the worker while `front` runs on another: the way for programs, as
+    GNU's OpenMP counts a main thread among those that compute, so that beside it the threads of a product sleep after
+    each, and small products take twice as long. `with Engine(...) as engine` gives the worker a thread of its own.
 
     name           what the bare base answers to
     max_adapters   slots; max_sequences: lanes; max_model_len: prompt and answer together, in tokens, cut to what the
@@ -107,6 +110,25 @@ class Engine:
             self._inbox.put(_Close())
         if self._thread is not None:
             self._thread.join()
+
+    def work_for(self, front: Callable[[], T]) -> T:
+        """What `front` returns, on a thread of its own; this one is the worker until then, and the engine is closed
+        afterwards. Raises what `front` raises, and EngineFault, which `front` meets too, when the worker broke."""
+
+        def to_its_end() -> T:
+            try:
+                return front()
+            finally:
+                self.close()
+
+        with ThreadPoolExecutor(1, "front") as pool:
+            fronting = pool.submit(to_its_end)
+            try:
+                self.work()
+            except EngineFault:
+                log.exception("the engine broke")
+                raise
+            return fronting.result()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -169,7 +191,7 @@ class Engine:
     # --- the worker -------------------------------------------------------------------------------------------------
 
     def work(self) -> None:
-        """Be the worker until `close` is called. Raises whatever ends it otherwise; `fault` says so too."""
+        """Be the worker until `close` is called. Raises EngineFault when it breaks; `fault` says so too."""
         reason = "the engine was closed"
         try:
             with torch.inference_mode():
@@ -179,7 +201,9 @@ class Engine:
                     self._free_slots()
         except BaseException as error:
             reason = f"the engine failed: {type(error).__name__}: {error}; see its log and start it again"
-            raise
+            if not isinstance(error, Exception):
+                raise
+            raise EngineFault(reason) from error
         finally:
             self._end(reason)
 

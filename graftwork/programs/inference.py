@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,15 +16,13 @@ import uvicorn
 from graftwork.config.schema import InferenceConfig, InferenceSection
 from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.inference.engine import Engine
-from graftwork.inference.requests import EngineFault, GenerationRequest
+from graftwork.inference.requests import GenerationRequest
 from graftwork.inference.server import build_app
 from graftwork.logs import say
 from graftwork.model.base import load_base
 from graftwork.programs.listening import listen, url_of
 from graftwork.rollouts.chat import ChatTokenizer
 from graftwork.store.disk import Disk
-
-log = logging.getLogger("graftwork.inference")
 
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection: who is about to ask must not find it shut
 SHUTDOWN_SECONDS = 3  # what requests under way are given when the server is told to end
@@ -50,20 +46,11 @@ def main(config: InferenceConfig) -> None:
     server = Server(engine, tokenizer, announce)
 
     def serve() -> None:
-        try:
-            engine.submit(GenerationRequest(engine.base_name, [[0]], max_tokens=1)).result()
-            server.run([listener])
-        finally:
-            engine.close()
+        engine.submit(GenerationRequest(engine.base_name, [[0]], max_tokens=1)).result()
+        server.run([listener])
 
-    with ended_by_signals(server), ThreadPoolExecutor(1, "server") as pool:
-        serving = pool.submit(serve)
-        try:
-            engine.work()
-        except Exception:
-            log.exception("the engine broke")
-            raise EngineFault(str(engine.fault)) from None
-        serving.result()
+    with ended_by_signals(server):
+        engine.work_for(serve)
 
 
 def build_engine(model: ModelConfig, lora: LoraConfig, section: InferenceSection, tokenizer: ChatTokenizer) -> Engine:

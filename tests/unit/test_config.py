@@ -94,7 +94,9 @@ def test_every_key_has_a_help_text(section: type[BaseModel]) -> None:
 
 # --- what examples/ has -----------------------------------------------------------------------------------------------
 
-KINDS = {"sft": SftConfig, "serve": ServeConfig, "many_tenants": ServeConfig, "run": SubmitConfig}
+KINDS = {
+    "sft": SftConfig, "serve": ServeConfig, "many_tenants": ServeConfig, "run": SubmitConfig, "tenant": SubmitConfig
+}  # fmt: skip
 EXAMPLES = sorted(Path("examples").glob("*/*.toml"))
 
 
@@ -109,6 +111,8 @@ def test_there_are_examples_for_one_gpu_two_gpus_and_many_tenants() -> None:
         for path in EXAMPLES
         if path.parent.name == "gpu"
     }
+    tenant, server = gpu.pop("tenant"), gpu["many_tenants"]
+    assert tenant.adapter.rank <= server.lora.max_rank
     assert set(gpu) == {"one_gpu", "two_gpus", "many_tenants"}
     assert {name: shares_gpu(config.model, config.inference) for name, config in gpu.items()} == {
         "one_gpu": True, "two_gpus": False, "many_tenants": False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -319,3 +320,28 @@ def test_closing_answers_those_who_wait(tiny: BaseModel, folders: dict[str, Path
     engine.close()
     with pytest.raises(EngineFault, match="closed"):
         waiting.result(timeout=5)
+
+
+def test_a_front_gets_answers_from_this_thread_and_the_engine_closes_after_it(tiny: BaseModel) -> None:
+    engine = Engine(tiny, name="base", eos_token_ids=[])
+    workers: list[threading.Thread] = []
+    engine._scheduler.step = noting(engine._scheduler.step, workers)  # type: ignore[method-assign]
+    assert len(engine.work_for(lambda: ask(engine, "base")).choices) == 4 * len(PROMPTS)
+    assert set(workers) == {threading.current_thread()}
+    with pytest.raises(EngineFault, match="closed"):
+        ask(engine, "base")
+
+
+def noting(step: Callable[[], None], workers: list[threading.Thread]) -> Callable[[], None]:
+    def noted() -> None:
+        workers.append(threading.current_thread())
+        step()
+
+    return noted
+
+
+def test_what_a_front_raises_comes_out(tiny: BaseModel) -> None:
+    engine = Engine(tiny, name="base", eos_token_ids=[])
+    with pytest.raises(UnknownModel, match="nobody"):
+        engine.work_for(lambda: ask(engine, "nobody"))
+    assert engine.fault == "the engine was closed"
