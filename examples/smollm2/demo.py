@@ -116,7 +116,7 @@ def train_adapter(curve: Curve) -> None:
         print(f"{curve.adapter} is there already")
         return
     if curve.start == "trl":
-        flags = ["--task", curve.task, "--seed", str(curve.seed)]
+        flags = ["--task", curve.task, "--seed", str(curve.seed), "--prompts", str(HELD_OUT_PROMPTS)]
         subprocess.run([sys.executable, f"{FOLDER}/trl_sft.py", str(curve.adapter), *flags], cwd=REPOSITORY, check=True)
         return
     goes_on = ["--resume"] if (curve.sft / "checkpoints").exists() else []

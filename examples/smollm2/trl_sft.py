@@ -24,7 +24,6 @@ from graftwork.config.schema import RlConfig, SftConfig
 from graftwork.rollouts.environment import Answer, load_environment
 
 FOLDER = Path(__file__).parent
-HELD_OUT_PROMPTS = 256
 BATCH = 64
 """Prompts that are answered at a time."""
 
@@ -34,15 +33,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--task", default="reverse_text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=256, help="held-out ones")
     given = parser.parse_args()
     sft = load(SftConfig, FOLDER / f"{given.task}.sft.toml")
     rl = load(RlConfig, FOLDER / f"{given.task}.rl.toml")
     assert sft.data.environment is not None
     environment: Any = load_environment(sft.data.environment.name, sft.data.environment.options)
     train(sft, environment, given.out, given.seed)
-    reward = held_out_reward(rl, environment, given.out, given.seed)
-    (given.out / "heldout.json").write_text(json.dumps({"prompts": HELD_OUT_PROMPTS, "reward": reward}))
-    print(f"{given.out}: mean reward of {HELD_OUT_PROMPTS} held-out prompts, sampled with transformers: {reward:.3f}")
+    reward = held_out_reward(rl, environment, given.out, given.seed, given.prompts)
+    (given.out / "heldout.json").write_text(json.dumps({"prompts": given.prompts, "reward": reward}))
+    print(f"{given.out}: mean reward of {given.prompts} held-out prompts, sampled with transformers: {reward:.3f}")
 
 
 def train(sft: SftConfig, environment: Any, out: Path, seed: int) -> None:
@@ -74,29 +74,29 @@ def train(sft: SftConfig, environment: Any, out: Path, seed: int) -> None:
 
 
 @torch.inference_mode()
-def held_out_reward(rl: RlConfig, environment: Any, adapter: Path, seed: int) -> float:
+def held_out_reward(rl: RlConfig, environment: Any, adapter: Path, seed: int, prompts: int) -> float:
     """As `graftwork eval` measures it: one answer at temperature 1 to each prompt."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(rl.model.path, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(rl.model.path, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
     total = 0.0
-    for first in range(0, HELD_OUT_PROMPTS, BATCH):
-        tasks = [environment.task(seed, index, "heldout") for index in range(first, first + BATCH)]
-        prompts = tokenizer.apply_chat_template(
+    for first in range(0, prompts, BATCH):
+        tasks = [environment.task(seed, index, "heldout") for index in range(first, min(first + BATCH, prompts))]
+        asked = tokenizer.apply_chat_template(
             [list(task.messages) for task in tasks], add_generation_prompt=True, padding=True,
             return_tensors="pt", return_dict=True,
         )  # fmt: skip
         answers = model.generate(
-            **prompts, do_sample=True, temperature=rl.run.sampling.temperature, top_k=0, top_p=1.0,
+            **asked, do_sample=True, temperature=rl.run.sampling.temperature, top_k=0, top_p=1.0,
             max_new_tokens=rl.run.sampling.max_tokens, pad_token_id=tokenizer.pad_token_id,
-        )[:, prompts["input_ids"].shape[1] :]  # fmt: skip
+        )[:, asked["input_ids"].shape[1] :]  # fmt: skip
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         total += sum(
             environment.score(task, Answer(text, tuple(ids), "stop"))
             for task, text, ids in zip(tasks, texts, answers.tolist(), strict=True)
         )
-    return total / HELD_OUT_PROMPTS
+    return total / prompts
 
 
 if __name__ == "__main__":
