@@ -8,6 +8,12 @@ PYTHON ?= python3
 TASK ?= reverse_text
 START ?= adapter
 SEED ?= 0
+ifeq ($(filter adapter fresh imported trl,$(START)),)
+$(error START=$(START) is not known: adapter, fresh, imported or trl)
+endif
+ifeq ($(filter reverse_text chain_sum,$(TASK)),)
+$(error TASK=$(TASK) is not known: reverse_text or chain_sum)
+endif
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -18,7 +24,7 @@ VERIFIERS := .venv-verifiers
 
 help:
 	@echo "make demo            SFT -> RL -> checkpoint -> resume on a tiny model, under 10 minutes (DEMO_ARGS='--seed 1')"
-	@echo "make demo-smollm2    RL from an SFT adapter on SmolLM2-135M-Instruct (TASK=, START=adapter|fresh|imported|trl, SEED=)"
+	@echo "make demo-smollm2    RL from an SFT adapter on SmolLM2-135M-Instruct (TASK=reverse_text|chain_sum, START=adapter|fresh|imported|trl, SEED=)"
 	@echo "make test            all tests but the slow ones"
 	@echo "make test-vllm       the real vLLM (CPU build, 2.5 GB, in an environment of its own) as the engine"
 	@echo "make test-all        the slow ones too, and those of test-vllm and test-verifiers"

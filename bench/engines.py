@@ -21,13 +21,14 @@ def save_all(base: BaseModel, root: Path) -> dict[str, Path]:
     return {name: save_adapter(adapter_for(base, seed), root / name) for seed, name in enumerate(ADAPTERS)}
 
 
-def engine_on(base: BaseModel, folders: dict[str, Path]) -> Engine:
-    """Started, with the adapters loaded; answers end at their own limit, and nowhere else."""
-    engine = Engine(base, name=BASE_NAME, eos_token_ids=[], max_adapters=len(folders))
-    engine.start()
+def new_engine(base: BaseModel) -> Engine:
+    """With room for the adapters; answers end at their own limit, and nowhere else."""
+    return Engine(base, name=BASE_NAME, eos_token_ids=[], max_adapters=len(ADAPTERS))
+
+
+def load_all(engine: Engine, folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         engine.load(name, folder)
-    return engine
 
 
 def made_prompts(base: BaseModel, count: int, tokens: int) -> list[list[int]]:

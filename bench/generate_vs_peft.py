@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bench.bases import base_folder, load
-from bench.engines import ADAPTERS, answered, engine_on, made_prompts, save_all, tokens_in
+from bench.engines import ADAPTERS, answered, load_all, made_prompts, new_engine, save_all, tokens_in
 from bench.harness import Measured, Ratio, Setting, at_least, interleaved, main, medians, need
 from graftwork.inference.requests import GenerationRequest
 
@@ -75,7 +75,9 @@ def _sides(
     ]
     with tempfile.TemporaryDirectory() as root:
         folders = save_all(base, Path(root))
-        engine = engine_on(base, folders)
+        engine = new_engine(base)
+        engine.start()
+        load_all(engine, folders)
         model = _peer(path, folders, base.dtype, setting.device)
 
     def ours() -> Answers:

@@ -28,6 +28,8 @@ from typing import Any
 
 from graftwork.config.load import dump, load
 from graftwork.config.run import RunConfig
+from graftwork.errors import Busy
+from graftwork.programs.start import refuse_held
 from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId, RunTree
 
@@ -98,6 +100,10 @@ def tell(story: Story) -> dict[str, Any]:
 
 def move_earlier_demo_aside(story: Story) -> None:
     disk, trash = Disk(), OutputTree(story.outputs).trash
+    try:
+        refuse_held(OutputTree(story.outputs).trainer_lock)
+    except Busy as error:
+        sys.exit(f"demo: {error} (--outputs DIR)")
     for place in (story.outputs / "sft", story.run.root, story.demo):
         if place.exists():
             print(f"moved {place} to {disk.quarantine(place, trash)}")
@@ -186,4 +192,8 @@ def summary(report: dict[str, Any], story: Story) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("demo: stopped; it begins anew when it is started again", file=sys.stderr)
+        sys.exit(130)

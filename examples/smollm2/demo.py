@@ -190,4 +190,8 @@ def tell(curve: Curve, start: float, end: float, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("demo-smollm2: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import tomllib
 import types
 import typing
@@ -22,6 +23,8 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 from graftwork.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
+FREE = "options"
+"""How the names of tables end whose keys the schema does not know: what a factory of the user's takes."""
 
 
 def parse_toml(text: str, source: str) -> dict[str, Any]:
@@ -40,14 +43,20 @@ def load(section: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
         raise ConfigError(f"no configuration file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    return build(section, parse_toml(text, str(path)), overrides, source=str(path))
+    source = f"{path} and the command line" if overrides else str(path)
+    return build(section, parse_toml(text, str(path)), overrides, source=source)
 
 
 def build(section: type[T], values: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> T:
     """The section made of `values`; `source` is named in errors. Raises ConfigError with every mistake at once."""
-    _refuse_unknown_flags(section, overrides)
+    flags = [_spelled(word) for word in overrides]
+    _refuse_unknown_flags(section, flags)
+    flags, tables = _without_free_tables(flags)
     try:
-        return section.model_validate(_merge(values, _parse_flags(section, overrides)))
+        values = _merge(values, _parse_flags(section, flags))
+        for key, table in tables.items():
+            _put(values, key, table)
+        return section.model_validate(values)
     except SettingsError as error:
         raise ConfigError(f"command line: {error.__cause__ or error}") from None
     except ValidationError as error:
@@ -118,11 +127,56 @@ def _parse_flags(section: type[BaseModel], flags: Sequence[str]) -> dict[str, An
     return CliSettingsSource(settings, cli_parse_args=list(flags), cli_exit_on_error=False)()
 
 
+def _spelled(word: str) -> str:
+    """`--output-dir` is `--output_dir`."""
+    if not word.startswith("--"):
+        return word
+    key, equals, value = word.partition("=")
+    return f"--{key[2:].replace('-', '_')}{equals}{value}"
+
+
+def _without_free_tables(flags: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The flags without those that set a free table, and what those set it to: `null` (nothing), or a JSON object. It
+    replaces the file's table: an option of another environment would be in the way. Raises ConfigError."""
+    rest, tables, words = [], {}, iter(flags)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or key.rpartition(".")[2] != FREE:
+            rest.append(word)
+            continue
+        text = value if equals else next(words, "")
+        try:
+            table = json.loads(text)
+        except (ValueError, RecursionError):
+            table = text
+        if table is not None and not isinstance(table, dict):
+            raise ConfigError(
+                f'command line: --{key} takes a JSON object, such as \'{{"path": "questions.jsonl"}}\', or '
+                f"null for none (given: {text!r})"
+            )
+        tables[key] = table or {}
+    return rest, tables
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, in tables that are made where they are not there."""
+    *tables, last = key.split(".")
+    for name in tables:
+        inner = values.get(name)
+        values[name] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[name]
+    values[last] = value
+
+
 def _refuse_unknown_flags(section: type[BaseModel], overrides: Sequence[str]) -> None:
     known = list(keys(section)) if overrides else []
     for argument in overrides:
         if not argument.startswith("--"):
             continue
         key = argument[2:].partition("=")[0]
-        if key not in known and not any(key.startswith(f"{name}.") for name in known if name.endswith("options")):
-            raise ConfigError(f"command line: --{key} is no setting{_nearest(key, known)}")
+        if key in known:
+            continue
+        table, _, option = key.rpartition(".")
+        if table in known and table.rpartition(".")[2] == FREE:
+            raise ConfigError(f"command line: --{key}: options are given together: --{table} '{{\"{option}\": ...}}'")
+        raise ConfigError(f"command line: --{key} is no setting{_nearest(key, known)}")

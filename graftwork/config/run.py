@@ -14,7 +14,8 @@ VERIFIERS = "verifiers:"
 
 class EnvironmentConfig(Section):
     name: str = "reverse_text"
-    """A built-in environment, `module:factory` of yours, or `verifiers:module` for one of the package verifiers."""
+    """`reverse_text`, `prompts` (a file or a data set), `reasoning_gym:TASK`, `module:factory` of yours, or
+    `verifiers:module` for one of the package verifiers."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to the environment's factory as keyword arguments; of a verifiers environment, its [env] table."""
     timeout_seconds: PositiveFloat | None = None

@@ -175,6 +175,12 @@ class RlConfig(Section):
     run: NamedRun
 
     @model_validator(mode="after")
+    def _fits_the_slots(self) -> RlConfig:
+        if (rank := self.run.adapter.rank) is not None and rank > self.lora.max_rank:
+            raise ValueError(f"run.adapter.rank is {rank}, and lora.max_rank {self.lora.max_rank}: raise that")
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_gpu(self) -> RlConfig:
         refuse_crowded_gpu(self.model, self.trainer, self.inference)
         return self

@@ -13,8 +13,7 @@ Source: LoRA (arXiv 2106.09685); many adapters in one call by segments of rows a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -25,10 +24,6 @@ from torch import Tensor
 FILLED_ROWS_MAX = 256
 FILLED_SHARE_MAX = 2
 """A batch of slots is filled up to so many rows, or so many times the rows that there are."""
-
-
-ONE_THREAD_ROWS_MAX = 128
-"""Up to so many rows the products of a batch of slots are too small for several threads."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +197,7 @@ def slot_linears_batched(
 ) -> tuple[Tensor, ...]:
     """What `slot_linears` computes without gradients, for the segments of `batch`."""
     ys = tuple(layer(x) for layer in layers)
-    with _one_thread(x.device) if len(x) <= ONE_THREAD_ROWS_MAX else nullcontext():
-        _add_batched_updates(ys, x, siblings, batch)
+    _add_batched_updates(ys, x, siblings, batch)
     return ys
 
 
@@ -223,21 +217,6 @@ def _add_batched_updates(ys: Sequence[Tensor], x: Tensor, siblings: Siblings, ba
         else:
             update = torch.bmm(own_u, b).flatten(0, 1).index_select(0, batch.places)
             own_y.add_(update, alpha=scale)
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, for small products: waking the other threads for one takes longer than the product. The setting is the
-    calling thread's, but MKL's is the process's: another thread's products are slower meanwhile."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _add_updates(ys: Sequence[Tensor], x: Tensor, siblings: Siblings, segments: Sequence[Segment]) -> list[Tensor]:

@@ -184,9 +184,11 @@ def _first_line(error: Exception) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """A GPU comes with its number: the current one where the name has none."""
+    """A GPU comes with its number: the current one where the name has none. Raises ModelError where there is none."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f'model.device = "{name}": torch {torch.__version__} sees no GPU here')
+    if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

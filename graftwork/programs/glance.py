@@ -185,11 +185,20 @@ def read_liveness(outputs: OutputTree) -> Liveness | None:
 
 
 def read_slots(outputs: OutputTree) -> int | None:
+    return _number_in_trainer_json(outputs, "slots")
+
+
+def read_max_rank(outputs: OutputTree) -> int | None:
+    """The highest rank that the trainer's slots hold; None when it never said."""
+    return _number_in_trainer_json(outputs, "max_rank")
+
+
+def _number_in_trainer_json(outputs: OutputTree, name: str) -> int | None:
     try:
-        slots = read_json(outputs.trainer_json, "what the trainer says of itself")["slots"]
+        number = read_json(outputs.trainer_json, "what the trainer says of itself")[name]
     except (Damaged, OSError, LookupError, TypeError):
         return None
-    return slots if isinstance(slots, int) else None
+    return number if isinstance(number, int) else None
 
 
 def told(status: Status) -> str:

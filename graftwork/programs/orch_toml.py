@@ -15,6 +15,10 @@ def read_orch_toml(tree: RunTree) -> tuple[RunConfig, str]:
     try:
         data = tree.orch_toml.read_bytes()
         text = data.decode()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"run {tree.id}: it has no {tree.orch_toml}; `graftwork submit FILE --id {tree.id}` writes one"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"run {tree.id}: cannot read {tree.orch_toml}: {error}") from None
     return build(RunConfig, parse_toml(text, str(tree.orch_toml)), source=str(tree.orch_toml)), digest(data)

@@ -112,9 +112,11 @@ class ProgressView:
         self.marks.append((time.monotonic(), step))
         left = self.seconds_left(step)
         measure = "reward" if "reward" in row else "loss"
+        equal = measure == "reward" and row.get("grad_norm") == 0
         text = (
             f"{measure} {number(row, measure, '.3f')}  {number(row, 'tokens_per_second', ',.0f')} tokens/s"
             f"{f'  {clock(left)} left' if left is not None else ''}{'  skipped' if row.get('skipped') else ''}"
+            f"{'  nothing learned: in each group all answers earned the same' if equal else ''}"
         )
         if self.bar:
             self._draw(step, text)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from graftwork.adapters.report import REPORT_NAME, lines_of
 from graftwork.config.schema import RlConfig
 from graftwork.errors import ProgramFailed
 from graftwork.logs import say
@@ -21,6 +22,8 @@ from graftwork.programs.processes import COMMAND, Interrupted, Programs, noted_s
 from graftwork.programs.progress import ProgressView, RunWatch
 from graftwork.programs.report import draw, last_lines, what_next
 from graftwork.programs.start import Start, refuse_what_cannot_work, said_by, write_inference_toml, write_trainer_toml
+from graftwork.store.files import read_json
+from graftwork.store.layout import RunTree, stable_steps
 from graftwork.store.status import TERMINAL
 
 POLL_SECONDS = 0.1
@@ -130,10 +133,20 @@ def show_news(run: RunWatch, view: ProgressView) -> None:
     if status is None or status.start_step is None:
         return
     if not view.marks:
+        for line in start_lines(run.tree):
+            view.say(line)
         view.say(f"training from step {status.start_step} to {view.max_steps}")
         view.begin(status.start_step)
     for row in run.new_rows():
         view.show(row)
+
+
+def start_lines(tree: RunTree) -> list[str]:
+    """What became of the adapter that the run starts from, for as long as its step_0 is there."""
+    path = tree.checkpoint(0) / REPORT_NAME
+    if stable_steps(tree.checkpoints) != [0] or not path.is_file():
+        return []
+    return [f"start: {line}" for line in lines_of(read_json(path, "report of the start"))]
 
 
 def verdict(run: RunWatch) -> str:

@@ -30,6 +30,7 @@ from graftwork.programs.start import (
     read_served,
     ready_file,
     refuse_absent_server,
+    refuse_absent_vllm,
     refuse_held,
     said_by,
     write_inference_toml,
@@ -133,6 +134,7 @@ class Keeper:
         return write_trainer_toml(self.disk, self.outputs, self.config, exit_when_done=False)
 
     def start_all(self) -> None:
+        refuse_absent_vllm(self.config.inference)
         if (url := self.config.inference.base_url) is not None:
             refuse_absent_server(url)
             publish_served(self.disk, self.outputs, Served(os.getpid(), url, self.config.model))

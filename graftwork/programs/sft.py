@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from graftwork.adapters.snapshot import write_snapshot
 from graftwork.adapters.source import AdapterFacts, digest_of
 from graftwork.config.schema import SftConfig
 from graftwork.errors import ConfigError
+from graftwork.logs import say
 from graftwork.model.base import BaseModel, load_base
 from graftwork.programs.plots import loss_png
 from graftwork.programs.progress import ProgressView
@@ -43,7 +45,7 @@ def main(config: SftConfig) -> None:
     learner = start(disk, config, base)
     disk.cut_log(output / "metrics.jsonl", learner.state.step)
     log.info("sft: steps %d to %d on %s", learner.state.step + 1, config.max_steps, config.model.path)
-    with ProgressView(config.max_steps) as view:
+    with ProgressView(config.max_steps) as view, told_where_to_go_on(output):
         view.begin(learner.state.step)
         while learner.state.step < config.max_steps:
             examples = [example_of(tokenizer, messages) for messages in data(learner.state.step + 1)]
@@ -57,6 +59,17 @@ def main(config: SftConfig) -> None:
     disk.publish_file(output / "loss.png", loss_png(read_lines(output / "metrics.jsonl")))
     log.info("sft: the adapter is in %s, the curve in %s", output / "adapter", output / "loss.png")
     claim.release()
+
+
+@contextmanager
+def told_where_to_go_on(output: Path) -> Iterator[None]:
+    """Ctrl-C ends the block with a line that says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        step = stable_steps(output / "checkpoints")[-1]
+        say(f"stopped by SIGINT; the same command with --resume goes on from step {step}")
+        raise
 
 
 def one_step(learner: Learner, examples: Sequence[Example]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,16 +17,27 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from graftwork.config.load import build, dump
-from graftwork.config.run import RunConfig
-from graftwork.config.schema import InferenceConfig, RlConfig, ServeConfig, TrainerConfig, trainer_share, wants_probes
+from graftwork.config.run import EnvironmentConfig, RunConfig
+from graftwork.config.schema import (
+    InferenceConfig,
+    InferenceSection,
+    RlConfig,
+    ServeConfig,
+    TrainerConfig,
+    trainer_share,
+    wants_probes,
+)
 from graftwork.config.section import ModelConfig
 from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
-from graftwork.programs.orch_toml import is_settled, status_of
+from graftwork.programs.orch_toml import asks_to_stop, is_settled, status_of
+from graftwork.rollouts.environment import is_ours, load_environment
 from graftwork.store.disk import Disk
 from graftwork.store.files import is_stable, read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 
 HEALTH_SECONDS = 5.0
+HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+"""Said by exit code; nothing of vLLM is imported."""
 C = TypeVar("C", RlConfig, ServeConfig)
 
 
@@ -101,10 +114,13 @@ def refuse_what_cannot_work(start: Start) -> None:
     refuse_held(start.outputs.trainer_lock, start.tree.orchestrator_lock)
     if start.config.inference.base_url is not None:
         refuse_absent_server(start.config.inference.base_url)
+    refuse_absent_vllm(start.config.inference)
+    refuse_wrong_environment(start.config.run.environment)
     steps, run = stable_steps(start.tree.checkpoints), start.config.run
     if run.resume:
         otherwise = "Without --resume the run starts from its beginning"
         refuse_impossible_resume(start.tree, run.resume_step, steps, otherwise)
+        refuse_end_before(start.tree, steps[-1] if run.resume_step is None else run.resume_step, run.max_steps)
     else:
         refuse_to_start_over(start, steps)
     refuse_unfinished_neighbours(start)
@@ -148,6 +164,38 @@ def refuse_impossible_resume(tree: RunTree, wanted: int | None, steps: list[int]
         )
 
 
+def refuse_end_before(tree: RunTree, step: int, max_steps: int) -> None:
+    """A resume that is beyond its last step. Raises CannotResume."""
+    if step > max_steps:
+        raise CannotResume(
+            f"run {tree.id}: its checkpoint is of step {step}, and max_steps is {max_steps}: --max-steps sets a later "
+            "end, --resume-step an earlier start"
+        )
+
+
+def refuse_wrong_environment(config: EnvironmentConfig) -> None:
+    """A name, an option or a file that a built-in environment does not have is told before models are loaded; a module
+    of the user's is imported where it is played, and only there. Raises ConfigError."""
+    if is_ours(config.name):
+        load_environment(config.name, config.options)
+
+
+def refuse_absent_vllm(inference: InferenceSection) -> None:
+    """vLLM must be there where we are to start it. Raises ConfigError."""
+    if inference.engine != "vllm" or inference.base_url is not None:
+        return
+    python = inference.vllm.python or sys.executable
+    try:
+        absent = subprocess.run([python, "-c", HAS_VLLM], stdin=subprocess.DEVNULL, check=False).returncode != 0
+    except OSError as error:
+        raise ConfigError(f"inference.vllm.python: cannot start {python}: {error.strerror or error}") from None
+    if absent:
+        raise ConfigError(
+            f"vLLM is not installed for {python}: `pip install vllm` there, or in an environment of its own whose "
+            "interpreter inference.vllm.python names (docs/vllm.md)"
+        )
+
+
 def refuse_to_start_over(start: Start, steps: list[int]) -> None:
     name = start.tree.root.name
     if steps and steps[-1] > 0:
@@ -171,16 +219,23 @@ def refuse_missing_adapter(setting: str, adapter: str | None, steps: list[int]) 
 
 
 def refuse_unfinished_neighbours(start: Start) -> None:
-    """This trainer would take up another run that is not finished, and wait for its batches for ever."""
+    """This trainer would take up another run that is not finished, and wait for its batches for ever. One that is to
+    stop it releases at once."""
     for tree in start.outputs.scan()[0]:
-        if tree.id == start.tree.id or not tree.orch_toml.exists() or is_settled(tree):
+        if tree.id == start.tree.id or not tree.orch_toml.exists() or is_settled(tree) or asks_to_stop(tree):
             continue
         status = status_of(tree)
-        state = status.state if status else "not seen by a trainer yet"
+        state = f"{status.state} when its trainer ended" if status else "not seen by a trainer yet"
         raise ConfigError(
             f"{tree.root} holds a run that is not finished ({state}), and the trainer of this command would wait for "
-            "its batches. Finish it with --resume, move its folder away, or choose another output_dir"
+            f"its batches. `graftwork stop {tree.id}{_output_dir_flag(start.outputs)}` ends it and keeps what it has, "
+            "--resume with its own file finishes it; or move its folder away, or choose another output_dir"
         )
+
+
+def _output_dir_flag(outputs: OutputTree) -> str:
+    """For a command that a person is to type: nothing where the tree is the one that it looks at by itself."""
+    return "" if outputs.root == Path("outputs").absolute() else f" --output-dir {outputs.root}"
 
 
 # --- files for the programs, and what they answer ---------------------------------------------------------------------

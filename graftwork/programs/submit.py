@@ -15,7 +15,7 @@ from graftwork.config.load import build
 from graftwork.config.run import RunConfig, SubmitConfig
 from graftwork.errors import CannotResume, ConfigError, GraftworkError, ProgramFailed
 from graftwork.logs import say
-from graftwork.programs.glance import read_liveness, told
+from graftwork.programs.glance import read_liveness, read_max_rank, told
 from graftwork.programs.orch_toml import is_settled, publish_orch_toml, read_orch_toml, status_of
 from graftwork.programs.orchestrators import (
     copied_from,
@@ -35,6 +35,7 @@ from graftwork.programs.start import (
     refuse_held,
     refuse_impossible_resume,
     refuse_missing_adapter,
+    refuse_wrong_environment,
 )
 from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
@@ -56,6 +57,8 @@ def submit(config: SubmitConfig, ids: Sequence[str], command: Sequence[str] = CO
     trees = [outputs.run(run_id) for run_id in parse_ids(ids)]
     served = read_served(outputs)
     run = run_config(config, served)
+    refuse_wrong_environment(run.environment)
+    refuse_high_rank(run, outputs)
     for_all(trees, lambda tree: refuse_what_is_there(tree, run), "nothing was submitted")
     warn(served, run, outputs)
     for tree in trees:
@@ -115,6 +118,16 @@ def refuse_what_is_there(tree: RunTree, run: RunConfig) -> None:
         raise ConfigError(f"{tree.root} {what}: --resume true goes on from its checkpoint, or choose another id")
     else:
         refuse_missing_adapter("init_adapter_path", run.init_adapter_path, steps)
+
+
+def refuse_high_rank(run: RunConfig, outputs: OutputTree) -> None:
+    """The slots of a trainer that is up say how much a run may ask for."""
+    most, rank = read_max_rank(outputs), run.adapter.rank
+    if most is not None and rank is not None and rank > most and trainer_lives(outputs):
+        raise ConfigError(
+            f"adapter.rank is {rank}, and the trainer in {shown(outputs.root)} holds adapters of rank {most} at most "
+            "(its lora.max_rank)"
+        )
 
 
 def came_to_nothing(tree: RunTree, steps: Sequence[int]) -> bool:
@@ -236,8 +249,9 @@ def resume(
         _warn(f"no trainer is running in {shown(outputs.root)}; the run waits until `graftwork serve` is up")
     for tree, config in zip(trees, plans, strict=True):
         if config is None:
-            pid = start_orchestrator(disk, tree, command)
-            print(f"{tree.id}: it trains, and had lost its orchestrator; another one (pid {pid}) goes on")
+            status, pid = status_of(tree), start_orchestrator(disk, tree, command)
+            now = f"{told(status)}, " if status else ""
+            print(f"{tree.id}: {now}and had lost its orchestrator; another one (pid {pid}) is started")
             continue
         start = start_of(tree, config)
         publish_orch_toml(disk, tree, config)

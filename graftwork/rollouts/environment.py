@@ -140,6 +140,11 @@ def load_environment(name: str, options: Mapping[str, Any]) -> Environment:
     return environment
 
 
+def is_ours(name: str) -> bool:
+    """Whether an environment is built in: no code of a user's is imported for it."""
+    return not name.startswith(VERIFIERS) and (":" not in name or name.partition(":")[0] in FAMILIES)
+
+
 def _factory(name: str) -> Callable[..., Any]:
     if name.startswith(VERIFIERS):
         raise ConfigError(

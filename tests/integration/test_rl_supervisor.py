@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from graftwork.config.load import build, digest
-from graftwork.config.schema import RlConfig
+from graftwork.config.run import RunConfig
+from graftwork.config.schema import InferenceSection, RlConfig
 from graftwork.errors import BadRunId, Busy, CannotResume, ConfigError, ProgramFailed
 from graftwork.programs import rl
+from graftwork.programs.orch_toml import publish_orch_toml
 from graftwork.store.disk import Disk
 from graftwork.store.files import read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree
@@ -102,6 +104,27 @@ def test_resume_needs_a_checkpoint(tmp_path: Path, step: int | None) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_resume_beyond_the_last_step(tmp_path: Path) -> None:
+    publish_checkpoint(tree_at(tmp_path), 10)
+    with pytest.raises(
+        CannotResume, match="its checkpoint is of step 10, and max_steps is 2: --max-steps sets a later"
+    ):
+        train(tmp_path, resume=True)
+
+
+def test_vllm_that_is_not_installed_is_told_before_anything_starts(tmp_path: Path) -> None:
+    """An interpreter that sees no packages."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    for python, says in ((bare, "vLLM is not installed for"), (tmp_path / "none", "cannot start .*none")):
+        values = {"engine": "vllm", "vllm": {"python": str(python)}}
+        wanted = config(tmp_path).model_copy(update={"inference": build(InferenceSection, values, source="test")})
+        with pytest.raises(ConfigError, match=says):
+            rl.main(wanted, resume=False, resume_step=None, command=FAKES)
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_resume_from_a_step_that_is_not_there(tmp_path: Path) -> None:
     publish_checkpoint(tree_at(tmp_path), 10)
     with pytest.raises(CannotResume, match=r"no checkpoint of step 7 .* there are steps 10"):
@@ -122,6 +145,10 @@ def test_missing_adapter_and_bad_id_are_refused_before_anything_is_written(tmp_p
         train(tmp_path, init_adapter_path=str(tmp_path / "none"))
     with pytest.raises(BadRunId, match=r"Bad\.Name"):
         train(tmp_path, id="Bad.Name")
+    with pytest.raises(ConfigError, match="no environment 'reverse_txt'; did you mean 'reverse_text'"):
+        train(tmp_path, environment={"name": "reverse_txt"})
+    with pytest.raises(ConfigError, match="has no option 'min'"):
+        train(tmp_path, environment={"options": {"min": 3}})
     assert not (tmp_path / "outputs").exists()
 
 
@@ -139,6 +166,17 @@ def test_an_unfinished_neighbour_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run_other holds a run that is not finished"):
         train(tmp_path)
     write_status(Disk(), other, Status("other", "finished", digest(b"max_steps = 3\n"), 1))
+    train(tmp_path)
+
+
+def test_a_neighbour_that_is_to_stop_is_in_nobodys_way(tmp_path: Path) -> None:
+    """It need not have stopped: the trainer that comes releases it."""
+    other = OutputTree(tmp_path / "outputs").run(RunId("other"))
+    stopping = build(RunConfig, {"model": {"path": str(tmp_path)}}, source="test")
+    publish_orch_toml(Disk(), other, stopping)
+    with pytest.raises(ConfigError, match=r"not seen by a trainer yet.*`graftwork stop other --output-dir .*` ends it"):
+        train(tmp_path)
+    publish_orch_toml(Disk(), other, stopping.model_copy(update={"stop": True}))
     train(tmp_path)
 
 

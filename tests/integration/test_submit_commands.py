@@ -145,6 +145,8 @@ def test_refusals_come_before_anything_is_written(outputs: OutputTree, tmp_path:
         send(outputs, "fine", resume=True)
     with pytest.raises(ConfigError, match=r"no checkpoint of step 7 .* there are steps 20"):
         send(outputs, "old", resume=True, resume_step=7)
+    with pytest.raises(ConfigError, match="no environment 'reverse_txt'"):
+        send(outputs, "fine", environment={"name": "reverse_txt"})
     with pytest.raises(ConfigError, match="a run is not submitted to be stopped"):
         send(outputs, "fine", stop=True)
     assert sorted(path.name for path in outputs.root.glob("run_*")) == ["run_old", "run_there"]
@@ -152,6 +154,15 @@ def test_refusals_come_before_anything_is_written(outputs: OutputTree, tmp_path:
     with pytest.raises(ConfigError, match=r"model\.path: must be given"):
         send(OutputTree(tmp_path / "empty"), "x")
     assert not (tmp_path / "empty").exists()
+
+
+def test_a_rank_that_the_trainer_has_no_room_for(outputs: OutputTree) -> None:
+    Disk().publish_json(outputs.trainer_json, {"pid": 1, "slots": 4, "max_rank": 16})
+    send(outputs, "later", adapter={"rank": 64})  # of a trainer that is gone: the next may have more
+    trainer_breathes(outputs)
+    with pytest.raises(ConfigError, match=r"adapter\.rank is 64, and the trainer in outputs holds .* rank 16 at most"):
+        send(outputs, "x", adapter={"rank": 64})
+    send(outputs, "x", adapter={"rank": 16})
 
 
 def test_a_step_0_and_a_checkpoint_that_a_person_put_there(outputs: OutputTree) -> None:

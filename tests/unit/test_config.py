@@ -69,6 +69,46 @@ def test_settings_that_contradict_one_another_are_refused(values: dict, says: st
     assert says in refusal(values)
 
 
+FILE = {**MODEL, "environment": {"name": "reverse_text", "options": {"min_length": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (("--environment.options", '{"path": "q.jsonl"}'), {"path": "q.jsonl"}),
+        (('--environment.options={"path": "q.jsonl"}',), {"path": "q.jsonl"}),
+        (("--environment.options", "null", "--seed", "3"), {}),
+        ((), {"min_length": 3}),
+    ],
+)
+def test_options_on_the_command_line_take_the_place_of_the_files(given: tuple[str, ...], options: dict) -> None:
+    config = build(RunConfig, FILE, given, source="x")
+    assert (config.environment.name, config.environment.options) == ("reverse_text", options)
+    assert FILE["environment"]["options"] == {"min_length": 3}
+
+
+@pytest.mark.parametrize("given", ["{ path = 1 }", "[1]", "3", ""])
+def test_options_that_are_no_json_object_are_refused(given: str) -> None:
+    assert "--environment.options takes a JSON object" in refusal({}, ("--environment.options", given))
+
+
+def test_one_option_alone_is_refused_with_the_way_to_write_it() -> None:
+    said = refusal({}, ("--environment.options.scorer", "exact"))
+    assert "options are given together: --environment.options '{\"scorer\": ...}'" in said
+
+
+def test_a_dash_is_as_good_as_an_underscore() -> None:
+    config = build(RunConfig, MODEL, ("--max-steps", "7", "--optimizer.learning-rate=1e-3"), source="x")
+    assert (config.max_steps, config.optimizer.learning_rate) == (7, 1e-3)
+    assert "--max_stepz is no setting; did you mean max_steps?" in refusal({}, ("--max-stepz", "3"))
+
+
+def test_a_rank_above_the_slots_is_refused() -> None:
+    values = {**MODEL, "lora": {"max_rank": 8}, "run": {"id": "a", "adapter": {"rank": 16}}}
+    with pytest.raises(ConfigError, match=r"run\.adapter\.rank is 16, and lora\.max_rank 8"):
+        build(RlConfig, values, source="x")
+
+
 @pytest.mark.parametrize("text", ["seed = ", f"seed = {'9' * 5000}", "seed = 1\nseed = 2"])
 def test_what_is_no_toml_is_a_config_error(text: str) -> None:
     with pytest.raises(ConfigError, match=r"x\.toml is not TOML"):

@@ -103,6 +103,7 @@ def test_an_active_run_has_what_the_trainer_says_of_it() -> None:
 def test_a_trainer_that_is_gone_says_nothing_of_shares() -> None:
     row = one(seen("x", "active", slot=1, step=4), live({"x": Seated(1, 4, 0.375, NOW - 90)}, seconds_ago=16))
     assert (row.state, row.share, row.last_batch_age_seconds) == ("active", None, None)
+    assert row.reason == "interrupted: the next trainer that is started goes on with it"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_states_and_reasons(run: Seen, state: str, reason: str) -> None:
 def test_a_run_that_nobody_samples_for_says_so_unless_it_has_ended() -> None:
     gone = "no orchestrator of it runs on this machine"
     states = {
-        state: one(Seen("x", ORCH, status=status("x", state, reason="why"), orchestrator_error=gone)).reason
+        state: one(Seen("x", ORCH, status=status("x", state, reason="why"), orchestrator_error=gone), live()).reason
         for state in ("active", "queued", "finished")
     }
     assert states == {"active": f"why; {gone}", "queued": f"why; {gone}", "finished": "why"}
