@@ -82,8 +82,8 @@ class Start:
         return build(RunConfig, values, source="[run] of the configuration")
 
     def settled(self) -> bool:
-        """Whether a trainer that looks now finds nothing to do in this run's folder."""
-        return not self.tree.orch_toml.exists() or is_settled(self.tree)
+        """Whether a trainer that looks now finds nothing to do: no run that goes on, and none that is to stop."""
+        return all(not tree.orch_toml.exists() or is_settled(tree) for tree in self.outputs.scan()[0])
 
 
 def absolute(config: C) -> C:
@@ -188,7 +188,8 @@ def refuse_absent_vllm(inference: InferenceSection) -> None:
     try:
         absent = subprocess.run([python, "-c", HAS_VLLM], stdin=subprocess.DEVNULL, check=False).returncode != 0
     except OSError as error:
-        raise ConfigError(f"inference.vllm.python: cannot start {python}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise ConfigError(f"inference.vllm.python: cannot start {python}: {reason} (docs/vllm.md)") from None
     if absent:
         raise ConfigError(
             f"vLLM is not installed for {python}: `pip install vllm` there, or in an environment of its own whose "

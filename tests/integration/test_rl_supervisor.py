@@ -18,6 +18,7 @@ from graftwork.config.schema import InferenceSection, RlConfig
 from graftwork.errors import BadRunId, Busy, CannotResume, ConfigError, ProgramFailed
 from graftwork.programs import rl
 from graftwork.programs.orch_toml import publish_orch_toml
+from graftwork.programs.start import Start
 from graftwork.store.disk import Disk
 from graftwork.store.files import read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree
@@ -170,13 +171,14 @@ def test_an_unfinished_neighbour_is_named(tmp_path: Path) -> None:
 
 
 def test_a_neighbour_that_is_to_stop_is_in_nobodys_way(tmp_path: Path) -> None:
-    """It need not have stopped: the trainer that comes releases it."""
+    """It need not have stopped: the trainer that comes releases it, and comes when the other run is there too."""
     other = OutputTree(tmp_path / "outputs").run(RunId("other"))
     stopping = build(RunConfig, {"model": {"path": str(tmp_path)}}, source="test")
     publish_orch_toml(Disk(), other, stopping)
     with pytest.raises(ConfigError, match=r"not seen by a trainer yet.*`graftwork stop other --output-dir .*` ends it"):
         train(tmp_path)
     publish_orch_toml(Disk(), other, stopping.model_copy(update={"stop": True}))
+    assert not Start.of(config(tmp_path), resume=False, resume_step=None).settled()
     train(tmp_path)
 
 

@@ -56,7 +56,8 @@ def story(outputs: Path) -> RunTree:
     """RL from the adapter to step 20, and a resume to step 25, with half of the example's prompts a step."""
     flags = [RL_TOML, "--output_dir", str(outputs), "--run.init_adapter_path", str(outputs / "sft/adapter")]
     flags += ["--run.sampling.prompts_per_step", "32"]
-    graftwork("rl", *flags)
+    said = graftwork("rl", *flags)
+    assert 0 < said.index("start: the run starts as the same function as the source's") < said.index("training from")
     tree = RunTree.at(outputs / "run_reverse")
     assert stable_steps(tree.checkpoints) == [0, 10, 20]
     graftwork("rl", *flags, "--resume", "--max-steps", "25")
