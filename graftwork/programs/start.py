@@ -120,7 +120,9 @@ def refuse_what_cannot_work(start: Start) -> None:
     if run.resume:
         otherwise = "Without --resume the run starts from its beginning"
         refuse_impossible_resume(start.tree, run.resume_step, steps, otherwise)
-        refuse_end_before(start.tree, steps[-1] if run.resume_step is None else run.resume_step, run.max_steps)
+        step = steps[-1] if run.resume_step is None else run.resume_step
+        if step > run.max_steps:  # at the last step, what was killed before it said so is finished by a resume
+            raise beyond_the_end(start.tree, step, run.max_steps, "--resume-step")
     else:
         refuse_to_start_over(start, steps)
     refuse_unfinished_neighbours(start)
@@ -164,13 +166,12 @@ def refuse_impossible_resume(tree: RunTree, wanted: int | None, steps: list[int]
         )
 
 
-def refuse_end_before(tree: RunTree, step: int, max_steps: int) -> None:
-    """A resume that is beyond its last step. Raises CannotResume."""
-    if step > max_steps:
-        raise CannotResume(
-            f"run {tree.id}: its checkpoint is of step {step}, and max_steps is {max_steps}: --max-steps sets a later "
-            "end, --resume-step an earlier start"
-        )
+def beyond_the_end(tree: RunTree, step: int, max_steps: int, earlier: str) -> CannotResume:
+    """Of a resume that leads nowhere. `earlier` is the flag that starts at an earlier checkpoint."""
+    return CannotResume(
+        f"run {tree.id}: its checkpoint is of step {step}, and max_steps is {max_steps}: --max-steps sets a later end, "
+        f"{earlier} an earlier start"
+    )
 
 
 def refuse_wrong_environment(config: EnvironmentConfig) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from graftwork.config.load import build
 from graftwork.config.run import RunConfig, SubmitConfig
-from graftwork.errors import CannotResume, ConfigError, GraftworkError, ProgramFailed
+from graftwork.errors import ConfigError, GraftworkError, ProgramFailed
 from graftwork.logs import say
 from graftwork.programs.glance import read_liveness, read_max_rank, told
 from graftwork.programs.orch_toml import is_settled, publish_orch_toml, read_orch_toml, status_of
@@ -31,6 +31,7 @@ from graftwork.programs.start import (
     Served,
     absolute_model,
     absolute_path,
+    beyond_the_end,
     read_served,
     refuse_held,
     refuse_impossible_resume,
@@ -292,10 +293,7 @@ def refuse_what_leads_nowhere(tree: RunTree, config: RunConfig) -> None:
     otherwise = "`graftwork submit` starts a run anew that ended before its first batch, and others under another id"
     refuse_impossible_resume(tree, config.resume_step, steps, otherwise)
     if (start := start_of(tree, config)) >= config.max_steps:
-        raise CannotResume(
-            f"run {tree.id}: its checkpoint is of step {start}, and max_steps is {config.max_steps}: "
-            "--max-steps sets a later end, --step an earlier start"
-        )
+        raise beyond_the_end(tree, start, config.max_steps, "--step")
 
 
 def start_of(tree: RunTree, config: RunConfig) -> int:
