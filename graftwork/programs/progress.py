@@ -112,11 +112,12 @@ class ProgressView:
         self.marks.append((time.monotonic(), step))
         left = self.seconds_left(step)
         measure = "reward" if "reward" in row else "loss"
-        equal = measure == "reward" and row.get("grad_norm") == 0
+        idle = measure == "reward" and row.get("grad_norm") == 0
+        equal = f" ({groups} groups of equal rewards)" if (groups := row.get("equal_groups")) else ""
         text = (
             f"{measure} {number(row, measure, '.3f')}  {number(row, 'tokens_per_second', ',.0f')} tokens/s"
             f"{f'  {clock(left)} left' if left is not None else ''}{'  skipped' if row.get('skipped') else ''}"
-            f"{'  nothing learned: in each group all answers earned the same' if equal else ''}"
+            f"{f'  nothing learned: the gradient is 0{equal}' if idle else ''}"
         )
         if self.bar:
             self._draw(step, text)

@@ -15,7 +15,7 @@ from typing import Any
 
 from graftwork.adapters.report import REPORT_NAME, lines_of
 from graftwork.config.schema import RlConfig
-from graftwork.errors import ProgramFailed
+from graftwork.errors import Damaged, ProgramFailed
 from graftwork.logs import say
 from graftwork.programs.orch_toml import publish_orch_toml
 from graftwork.programs.processes import COMMAND, Interrupted, Programs, noted_signals
@@ -142,11 +142,14 @@ def show_news(run: RunWatch, view: ProgressView) -> None:
 
 
 def start_lines(tree: RunTree) -> list[str]:
-    """What became of the adapter that the run starts from, for as long as its step_0 is there."""
-    path = tree.checkpoint(0) / REPORT_NAME
-    if stable_steps(tree.checkpoints) != [0] or not path.is_file():
+    """What became of the adapter that the run starts from; nothing where its step_0 is gone, or says nothing."""
+    if stable_steps(tree.checkpoints) != [0]:
         return []
-    return [f"start: {line}" for line in lines_of(read_json(path, "report of the start"))]
+    try:
+        lines = lines_of(read_json(tree.checkpoint(0) / REPORT_NAME, "report of the start"))
+    except (Damaged, LookupError, TypeError, ValueError):
+        return []
+    return [f"start: {line}" for line in lines]
 
 
 def verdict(run: RunWatch) -> str:

@@ -110,8 +110,8 @@ def row_of(seen: Seen, live: Liveness | None, now: float) -> RunRow:
     status, active = seen.status, state == "active"
     seat = (live.runs.get(seen.id) if live is not None and active else None) or Seated()
     step = seat.step if status is None or status.step is None else status.step
-    if live is None and state in ("active", "queued"):
-        reason = "; ".join(filter(None, ["interrupted: the next trainer that is started goes on with it", reason]))
+    if live is None and active:
+        reason = "; ".join(filter(None, ["interrupted, as no trainer is running", reason]))
     if state not in TERMINAL and seen.orchestrator_error and seen.orch_digest is not None:
         reason = "; ".join(filter(None, [reason, seen.orchestrator_error]))
     return RunRow(

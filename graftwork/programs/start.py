@@ -17,7 +17,7 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from graftwork.config.load import build, dump
-from graftwork.config.run import EnvironmentConfig, RunConfig
+from graftwork.config.run import RunConfig
 from graftwork.config.schema import (
     InferenceConfig,
     InferenceSection,
@@ -30,13 +30,20 @@ from graftwork.config.schema import (
 from graftwork.config.section import ModelConfig
 from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
 from graftwork.programs.orch_toml import asks_to_stop, is_settled, status_of
-from graftwork.rollouts.environment import is_ours, load_environment
+from graftwork.rollouts.environment import refuse_unknown
 from graftwork.store.disk import Disk
 from graftwork.store.files import is_stable, read_json
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
+from graftwork.store.status import TERMINAL, Status
 
 HEALTH_SECONDS = 5.0
-HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+VLLM_ABSENT = 3
+HAS_VLLM = f"""
+import sys
+sys.path.pop(0)  # a folder of that name here is none
+import importlib.util
+sys.exit({VLLM_ABSENT} if importlib.util.find_spec("vllm") is None else 0)
+"""
 """Said by exit code; nothing of vLLM is imported."""
 C = TypeVar("C", RlConfig, ServeConfig)
 
@@ -115,7 +122,7 @@ def refuse_what_cannot_work(start: Start) -> None:
     if start.config.inference.base_url is not None:
         refuse_absent_server(start.config.inference.base_url)
     refuse_absent_vllm(start.config.inference)
-    refuse_wrong_environment(start.config.run.environment)
+    refuse_unknown(start.config.run.environment.name, start.config.run.environment.options)
     steps, run = stable_steps(start.tree.checkpoints), start.config.run
     if run.resume:
         otherwise = "Without --resume the run starts from its beginning"
@@ -174,28 +181,23 @@ def beyond_the_end(tree: RunTree, step: int, max_steps: int, earlier: str) -> Ca
     )
 
 
-def refuse_wrong_environment(config: EnvironmentConfig) -> None:
-    """A name, an option or a file that a built-in environment does not have is told before models are loaded; a module
-    of the user's is imported where it is played, and only there. Raises ConfigError."""
-    if is_ours(config.name):
-        load_environment(config.name, config.options)
-
-
 def refuse_absent_vllm(inference: InferenceSection) -> None:
     """vLLM must be there where we are to start it. Raises ConfigError."""
     if inference.engine != "vllm" or inference.base_url is not None:
         return
     python = inference.vllm.python or sys.executable
     try:
-        absent = subprocess.run([python, "-c", HAS_VLLM], stdin=subprocess.DEVNULL, check=False).returncode != 0
+        code = subprocess.run([python, "-c", HAS_VLLM], stdin=subprocess.DEVNULL, check=False).returncode
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"inference.vllm.python: cannot start {python}: {reason} (docs/vllm.md)") from None
-    if absent:
+    if code == VLLM_ABSENT:
         raise ConfigError(
-            f"vLLM is not installed for {python}: `pip install vllm` there, or in an environment of its own whose "
-            "interpreter inference.vllm.python names (docs/vllm.md)"
+            f"vLLM is not installed for {python}: inference.vllm.python names the interpreter of an environment that "
+            "has it (docs/vllm.md)"
         )
+    if code:
+        raise ConfigError(f"inference.vllm.python: {python} ended with exit code {code} when it was asked for vLLM")
 
 
 def refuse_to_start_over(start: Start, steps: list[int]) -> None:
@@ -226,13 +228,20 @@ def refuse_unfinished_neighbours(start: Start) -> None:
     for tree in start.outputs.scan()[0]:
         if tree.id == start.tree.id or not tree.orch_toml.exists() or is_settled(tree) or asks_to_stop(tree):
             continue
-        status = status_of(tree)
-        state = f"{status.state} when its trainer ended" if status else "not seen by a trainer yet"
+        stop = f"`graftwork stop {tree.id}{_output_dir_flag(start.outputs)}`"
         raise ConfigError(
-            f"{tree.root} holds a run that is not finished ({state}), and the trainer of this command would wait for "
-            f"its batches. `graftwork stop {tree.id}{_output_dir_flag(start.outputs)}` ends it and keeps what it has, "
-            "--resume with its own file finishes it; or move its folder away, or choose another output_dir"
+            f"{tree.root} holds a run that is not finished ({_left_as(status_of(tree))}), and the trainer of this "
+            f"command would wait for its batches. {stop} ends it and keeps what it has, --resume with its own file "
+            "finishes it; or move its folder away, or choose another output_dir"
         )
+
+
+def _left_as(status: Status | None) -> str:
+    if status is None:
+        return "not seen by a trainer yet"
+    if status.state in TERMINAL:
+        return f"its orch.toml has changed since it was {status.state}"
+    return f"{status.state} when its trainer ended"
 
 
 def _output_dir_flag(outputs: OutputTree) -> str:

@@ -36,8 +36,8 @@ from graftwork.programs.start import (
     refuse_held,
     refuse_impossible_resume,
     refuse_missing_adapter,
-    refuse_wrong_environment,
 )
+from graftwork.rollouts.environment import refuse_unknown
 from graftwork.store.disk import Disk
 from graftwork.store.layout import OutputTree, RunId, RunTree, stable_steps
 from graftwork.store.status import TERMINAL, Status
@@ -58,7 +58,7 @@ def submit(config: SubmitConfig, ids: Sequence[str], command: Sequence[str] = CO
     trees = [outputs.run(run_id) for run_id in parse_ids(ids)]
     served = read_served(outputs)
     run = run_config(config, served)
-    refuse_wrong_environment(run.environment)
+    refuse_unknown(run.environment.name, run.environment.options)
     refuse_high_rank(run, outputs)
     for_all(trees, lambda tree: refuse_what_is_there(tree, run), "nothing was submitted")
     warn(served, run, outputs)

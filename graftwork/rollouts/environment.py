@@ -140,9 +140,11 @@ def load_environment(name: str, options: Mapping[str, Any]) -> Environment:
     return environment
 
 
-def is_ours(name: str) -> bool:
-    """Whether an environment is built in: no code of a user's is imported for it."""
-    return not name.startswith(VERIFIERS) and (":" not in name or name.partition(":")[0] in FAMILIES)
+def refuse_unknown(name: str, options: Mapping[str, Any]) -> None:
+    """What can be said of an environment without making it, and without a line of the user's code: that no built-in one
+    has this name, or takes these options. Raises ConfigError."""
+    if not name.startswith(VERIFIERS) and (":" not in name or name.partition(":")[0] in FAMILIES):
+        _check_options(name, _factory(name), options)
 
 
 def _factory(name: str) -> Callable[..., Any]:

@@ -57,7 +57,7 @@ def story(outputs: Path) -> RunTree:
     flags = [RL_TOML, "--output_dir", str(outputs), "--run.init_adapter_path", str(outputs / "sft/adapter")]
     flags += ["--run.sampling.prompts_per_step", "32"]
     said = graftwork("rl", *flags)
-    assert 0 < said.index("start: the run starts as the same function as the source's") < said.index("training from")
+    assert said.index("start: the run starts as the same function as the source's") < said.index("training from")
     tree = RunTree.at(outputs / "run_reverse")
     assert stable_steps(tree.checkpoints) == [0, 10, 20]
     graftwork("rl", *flags, "--resume", "--max-steps", "25")

@@ -78,6 +78,7 @@ FILE = {**MODEL, "environment": {"name": "reverse_text", "options": {"min_length
         (("--environment.options", '{"path": "q.jsonl"}'), {"path": "q.jsonl"}),
         (('--environment.options={"path": "q.jsonl"}',), {"path": "q.jsonl"}),
         (("--environment.options", "null", "--seed", "3"), {}),
+        (("--environment", '{"name": "reverse_text", "options": {"path": "q.jsonl"}}'), {"path": "q.jsonl"}),
         ((), {"min_length": 3}),
     ],
 )
@@ -87,7 +88,7 @@ def test_options_on_the_command_line_take_the_place_of_the_files(given: tuple[st
     assert FILE["environment"]["options"] == {"min_length": 3}
 
 
-@pytest.mark.parametrize("given", ["{ path = 1 }", "[1]", "3", ""])
+@pytest.mark.parametrize("given", ["{ path = 1 }", "[1]", "3", "", '{"path": null}', '{"a": [{"b": null}]}'])
 def test_options_that_are_no_json_object_are_refused(given: str) -> None:
     assert "--environment.options takes a JSON object" in refusal({}, ("--environment.options", given))
 
@@ -100,7 +101,7 @@ def test_one_option_alone_is_refused_with_the_way_to_write_it() -> None:
 def test_a_dash_is_as_good_as_an_underscore() -> None:
     config = build(RunConfig, MODEL, ("--max-steps", "7", "--optimizer.learning-rate=1e-3"), source="x")
     assert (config.max_steps, config.optimizer.learning_rate) == (7, 1e-3)
-    assert "--max_stepz is no setting; did you mean max_steps?" in refusal({}, ("--max-stepz", "3"))
+    assert "--max-stepz is no setting; did you mean max_steps?" in refusal({}, ("--max-stepz", "3"))
 
 
 def test_a_rank_above_the_slots_is_refused() -> None:

@@ -15,7 +15,7 @@ from graftwork.config.section import LoraConfig, ModelConfig
 from graftwork.errors import ModelError
 from graftwork.lora.linear import Frozen, slot_linears
 from graftwork.model.attention import Group, PackedPlan
-from graftwork.model.base import load_base, slot_spec
+from graftwork.model.base import load_base, pick_device, slot_spec
 from graftwork.model.inject import Route, Routing, inject
 from graftwork.model.layers import compile_layers
 from proofs.adapter_models import CONFIGS, EXPERTS, HIDDEN, MIDDLE, SHAPE, make_base
@@ -144,3 +144,9 @@ def test_layers_with_the_same_input_are_computed_once(
     tokens, bank = torch.arange(6), base.new_bank(1, gradients=False)
     base.hidden(tokens, tokens, PackedPlan([Group(0, 1, 6)]), Route(bank, ()))
     assert calls == [3, 1, 2, 1] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_in_a_line() -> None:
+    with pytest.raises(ModelError, match=r'model\.device = "cuda:0": torch .* sees no GPU here'):
+        pick_device("cuda:0")

@@ -155,6 +155,17 @@ def progress(*, terminal: bool) -> str:
     return console.file.getvalue()
 
 
+def test_a_step_that_learned_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressView(4, Console(file=io.StringIO())) as view:
+        view.begin(0)
+        view.show({"step": 1, "reward": 0.0, "grad_norm": 0.0, "equal_groups": 64})
+        view.show({"step": 2, "reward": 0.0, "grad_norm": 0.1, "equal_groups": 63})
+        view.show({"step": 3, "loss": 0.0, "grad_norm": 0.0})  # of sft
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("nothing learned: the gradient is 0 (64 groups of equal rewards)")
+    assert not any("nothing learned" in line for line in said[1:])
+
+
 def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     drawn = progress(terminal=True)
     assert "3/4" in drawn and "loss 0.250" in drawn and "reward 0.500" in drawn

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftwork.errors import ConfigError
-from graftwork.rollouts.environment import Answer, Environment, HasAnswers, SingleTurn, Task, load_environment
+from graftwork.rollouts.environment import (
+    Answer,
+    Environment,
+    HasAnswers,
+    SingleTurn,
+    Task,
+    load_environment,
+    refuse_unknown,
+)
 from graftwork.rollouts.reverse_text import ReverseText, split_of
 
 
@@ -129,3 +137,17 @@ def test_single_turn_asks_once_and_scores():
 
     environment = Length()
     assert asyncio.run(environment.run(environment.task(0, 0, "train"), Parrot())) == 1.0
+
+
+def test_what_is_refused_without_making_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the user's code nor what only the process that plays can have is looked at."""
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    refuse_unknown("reasoning_gym:ransom_note", {})
+    refuse_unknown("prompts", {"path": "not/there.jsonl", "scorer": "no_such_module:score"})
+    refuse_unknown("no_such_module:factory", {"anything": 1})
+    for name, options, says in (
+        ("prompt", {}, "did you mean 'prompts'"),
+        ("reverse_text", {"min_lenght": 3}, "did you mean 'min_length'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            refuse_unknown(name, options)

@@ -103,7 +103,7 @@ def test_an_active_run_has_what_the_trainer_says_of_it() -> None:
 def test_a_trainer_that_is_gone_says_nothing_of_shares() -> None:
     row = one(seen("x", "active", slot=1, step=4), live({"x": Seated(1, 4, 0.375, NOW - 90)}, seconds_ago=16))
     assert (row.state, row.share, row.last_batch_age_seconds) == ("active", None, None)
-    assert row.reason == "interrupted: the next trainer that is started goes on with it"
+    assert row.reason == "interrupted, as no trainer is running"
 
 
 @pytest.mark.parametrize(
