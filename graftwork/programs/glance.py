@@ -52,15 +52,17 @@ class Removed:
 
 @dataclass(frozen=True)
 class Liveness:
-    """The trainer's liveness.json; fields that we do not know are passed over. time: seconds since 1970."""
+    """The trainer's liveness.json; fields that we do not know are passed over. time: seconds since 1970. ended: it
+    said so; one that was killed did not."""
 
     time: float
     pid: int | None = None
     runs: Mapping[str, Seated] = field(default_factory=dict)
     removed: tuple[Removed, ...] = ()
+    ended: bool = False
 
     def is_live(self, now: float) -> bool:
-        return now - self.time <= LIVE_SECONDS
+        return not self.ended and now - self.time <= LIVE_SECONDS
 
 
 LIVENESS: TypeAdapter[Liveness] = TypeAdapter(Liveness)

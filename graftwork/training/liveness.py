@@ -59,9 +59,16 @@ class Liveness:
             }
             for run, tenant in tenants.items()
         }  # fmt: skip
-        about = {"pid": job_pid(), "time": now, "passes": passes, "runs": runs, "removed": list(self.removed)}
+        self._write({"passes": passes, "runs": runs})
+
+    def end(self, passes: int) -> None:
+        """The last sign, of a trainer that ends as it should: nobody has to wait until it is too old to believe."""
+        self._write({"passes": passes, "runs": {}, "ended": True})
+
+    def _write(self, about: Mapping[str, Any]) -> None:
+        sign = {"pid": job_pid(), "time": time.time(), **about, "removed": list(self.removed)}
         try:
-            self.disk.publish_json(self.outputs.liveness_json, about)
+            self.disk.publish_json(self.outputs.liveness_json, sign)
         except OSError as error:
             log.warning("cannot write %s: %s", self.outputs.liveness_json, error)
 

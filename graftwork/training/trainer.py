@@ -109,9 +109,10 @@ class Trainer:
         while not stop.is_set():
             if not self.one_pass():
                 if self.config.exit_when_done and self.done():
-                    return
+                    break
                 self.crew.idle()
                 time.sleep(self.config.poll_interval_seconds)
+        self.liveness.end(self.passes)
 
     def one_pass(self) -> bool:
         """One turn; whether anything was done."""

@@ -61,6 +61,7 @@ def story(outputs: Path) -> RunTree:
     tree = RunTree.at(outputs / "run_reverse")
     assert stable_steps(tree.checkpoints) == [0, 10, 20]
     graftwork("rl", *flags, "--resume", "--max-steps", "25")
+    assert "no trainer is running" in graftwork("runs", "--output-dir", str(outputs))
     return tree
 
 

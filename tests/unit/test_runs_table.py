@@ -6,6 +6,7 @@ import io
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_numbers_that_are_none_are_shown_as_none() -> None:
     [
         (None, "no trainer is running"),
         (live(seconds_ago=120), "no trainer is running (the last sign of one is 2m old)"),
+        (replace(live(), ended=True), "no trainer is running (the last sign of one is 1s old)"),
         (live({"x": Seated(), "y": Seated()}), "the trainer runs (pid 77); 2 of 8 slots used"),
     ],
 )
