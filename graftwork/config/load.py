@@ -50,14 +50,10 @@ def load(section: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 def build(section: type[T], values: dict[str, Any], overrides: Sequence[str] = (), *, source: str) -> T:
     """The section made of `values`; `source` is named in errors. Raises ConfigError with every mistake at once."""
-    flags = [_spelled(word) for word in overrides]
     _refuse_unknown_flags(section, overrides)
-    flags, tables = _without_free_tables(flags)
+    flags = list(_free_tables_checked([_spelled(word) for word in overrides]))
     try:
-        given = _parse_flags(section, flags)
-        for key, table in tables.items():
-            _put(given, key, table)
-        return section.model_validate(_merge(values, given))
+        return section.model_validate(_merge(values, _parse_flags(section, flags)))
     except SettingsError as error:
         raise ConfigError(f"command line: {error.__cause__ or error}") from None
     except ValidationError as error:
@@ -136,38 +132,27 @@ def _spelled(word: str) -> str:
     return f"--{key[2:].replace('-', '_')}{equals}{value}"
 
 
-def _without_free_tables(flags: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The flags without those that set a free table, and what those set it to: `null` (nothing), or a JSON object.
-    Raises ConfigError."""
-    rest, tables, words = [], {}, iter(flags)
+def _free_tables_checked(flags: Sequence[str]) -> Iterator[str]:
+    """The flags, where what sets a free table is a JSON object: `null` is an empty one. Raises ConfigError."""
+    words = iter(flags)
     for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
+        key, equals, value = word.partition("=")
         if not word.startswith("--") or key.rpartition(".")[2] != FREE:
-            rest.append(word)
+            yield word
             continue
         text = value if equals else next(words, "")
         try:
             table = json.loads(text)
             tomli_w.dumps(table or {})
+            as_json = json.dumps(table or {}, allow_nan=False)
         except (ValueError, RecursionError, TypeError, AttributeError):  # no JSON, or what no TOML file can hold
             table = text
         if table is not None and not isinstance(table, dict):
             raise ConfigError(
-                f'command line: --{key} takes a JSON object, such as \'{{"path": "questions.jsonl"}}\', or '
+                f'command line: {key} takes a JSON object, such as \'{{"path": "questions.jsonl"}}\', or '
                 f"null for none (given: {text!r})"
             )
-        tables[key] = table or {}
-    return rest, tables
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, in tables that are made where they are not there."""
-    *tables, last = key.split(".")
-    for name in tables:
-        inner = values.get(name)
-        values[name] = dict(inner) if isinstance(inner, dict) else {}
-        values = values[name]
-    values[last] = value
+        yield f"{key}={as_json}"
 
 
 def _refuse_unknown_flags(section: type[BaseModel], overrides: Sequence[str]) -> None:

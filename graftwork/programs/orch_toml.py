@@ -56,6 +56,11 @@ def is_settled(tree: RunTree) -> bool:
         return True
 
 
+def is_wanted(tree: RunTree) -> bool:
+    """Whether an orch.toml is there that asks a trainer for something: to train the run, or to stop it."""
+    return tree.orch_toml.exists() and not is_settled(tree)
+
+
 def status_of(tree: RunTree) -> Status | None:
     """A run's status; None while there is none that can be read."""
     try:

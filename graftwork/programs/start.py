@@ -29,7 +29,7 @@ from graftwork.config.schema import (
 )
 from graftwork.config.section import ModelConfig
 from graftwork.errors import Busy, CannotResume, ConfigError, Damaged, StoreError
-from graftwork.programs.orch_toml import asks_to_stop, is_settled, status_of
+from graftwork.programs.orch_toml import asks_to_stop, is_wanted, status_of
 from graftwork.rollouts.environment import refuse_unknown
 from graftwork.store.disk import Disk
 from graftwork.store.files import is_stable, read_json
@@ -90,7 +90,7 @@ class Start:
 
     def settled(self) -> bool:
         """Whether a trainer that looks now finds nothing to do: no run that goes on, and none that is to stop."""
-        return all(not tree.orch_toml.exists() or is_settled(tree) for tree in self.outputs.scan()[0])
+        return not any(is_wanted(tree) for tree in self.outputs.scan()[0])
 
 
 def absolute(config: C) -> C:
@@ -127,7 +127,7 @@ def refuse_what_cannot_work(start: Start) -> None:
     if run.resume:
         otherwise = "Without --resume the run starts from its beginning"
         refuse_impossible_resume(start.tree, run.resume_step, steps, otherwise)
-        step = steps[-1] if run.resume_step is None else run.resume_step
+        step = start_of(start.tree, run.resume_step)
         if step > run.max_steps:  # at the last step, what was killed before it said so is finished by a resume
             raise beyond_the_end(start.tree, step, run.max_steps, "--resume-step")
     else:
@@ -171,6 +171,11 @@ def refuse_impossible_resume(tree: RunTree, wanted: int | None, steps: list[int]
         raise CannotResume(
             f"run {tree.id}: no checkpoint of step {wanted} in {tree.checkpoints}; there are steps {there}"
         )
+
+
+def start_of(tree: RunTree, wanted: int | None) -> int:
+    """The step that a resume goes on from: the one that is wanted, else that of the newest checkpoint; there is one."""
+    return stable_steps(tree.checkpoints)[-1] if wanted is None else wanted
 
 
 def beyond_the_end(tree: RunTree, step: int, max_steps: int, earlier: str) -> CannotResume:
@@ -226,7 +231,7 @@ def refuse_unfinished_neighbours(start: Start) -> None:
     """This trainer would take up another run that is not finished, and wait for its batches for ever. One that is to
     stop it releases at once."""
     for tree in start.outputs.scan()[0]:
-        if tree.id == start.tree.id or not tree.orch_toml.exists() or is_settled(tree) or asks_to_stop(tree):
+        if tree.id == start.tree.id or not is_wanted(tree) or asks_to_stop(tree):
             continue
         stop = f"`graftwork stop {tree.id}{_output_dir_flag(start.outputs)}`"
         raise ConfigError(

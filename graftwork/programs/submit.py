@@ -36,6 +36,7 @@ from graftwork.programs.start import (
     refuse_held,
     refuse_impossible_resume,
     refuse_missing_adapter,
+    start_of,
 )
 from graftwork.rollouts.environment import refuse_unknown
 from graftwork.store.disk import Disk
@@ -254,7 +255,7 @@ def resume(
             now = f"{told(status)}, " if status else ""
             print(f"{tree.id}: {now}and had lost its orchestrator; another one (pid {pid}) is started")
             continue
-        start = start_of(tree, config)
+        start = start_of(tree, config.resume_step)
         publish_orch_toml(disk, tree, config)
         pid = start_orchestrator(disk, tree, command)
         print(
@@ -292,13 +293,8 @@ def refuse_what_leads_nowhere(tree: RunTree, config: RunConfig) -> None:
     steps = stable_steps(tree.checkpoints)
     otherwise = "`graftwork submit` starts a run anew that ended before its first batch, and others under another id"
     refuse_impossible_resume(tree, config.resume_step, steps, otherwise)
-    if (start := start_of(tree, config)) >= config.max_steps:
+    if (start := start_of(tree, config.resume_step)) >= config.max_steps:
         raise beyond_the_end(tree, start, config.max_steps, "--step")
-
-
-def start_of(tree: RunTree, config: RunConfig) -> int:
-    """The step that a resume goes on from; there is a checkpoint."""
-    return stable_steps(tree.checkpoints)[-1] if config.resume_step is None else config.resume_step
 
 
 # --- what they share --------------------------------------------------------------------------------------------------

@@ -88,7 +88,9 @@ def test_options_on_the_command_line_take_the_place_of_the_files(given: tuple[st
     assert FILE["environment"]["options"] == {"min_length": 3}
 
 
-@pytest.mark.parametrize("given", ["{ path = 1 }", "[1]", "3", "", '{"path": null}', '{"a": [{"b": null}]}'])
+@pytest.mark.parametrize(
+    "given", ["{ path = 1 }", "[1]", "3", "", '{"path": null}', '{"a": NaN}', '{"a": [{"b": null}]}']
+)
 def test_options_that_are_no_json_object_are_refused(given: str) -> None:
     assert "--environment.options takes a JSON object" in refusal({}, ("--environment.options", given))
 
